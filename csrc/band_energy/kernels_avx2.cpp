@@ -1,0 +1,14 @@
+// The band kernels for the avx2 level; see common/cpu_isa.h.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "band_energy/energies_cpu.h"
+
+#if FERA_CPU_X86
+#define FERA_ISA_LEVEL 1
+#include "common/isa_push.h"
+// After the line above, not sorted with the others.
+#include "band_energy/kernels_isa.h"
+#include "common/isa_pop.h"
+#endif

@@ -1,0 +1,12 @@
+// The band kernels for the generic level; see common/cpu_isa.h.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "band_energy/energies_cpu.h"
+
+#define FERA_ISA_LEVEL 0
+#include "common/isa_push.h"
+// After the line above, not sorted with the others.
+#include "band_energy/kernels_isa.h"
+#include "common/isa_pop.h"

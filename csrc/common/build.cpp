@@ -1,0 +1,16 @@
+// What this build holds.
+#include "fera/fera.h"
+
+#ifndef FERA_CUDA_TARGETS
+#define FERA_CUDA_TARGETS ""
+#endif
+
+extern "C" int fera_has_cuda(void) {
+#if defined(FERA_WITH_CUDA)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+extern "C" const char* fera_cuda_targets(void) { return FERA_CUDA_TARGETS; }

@@ -1,0 +1,152 @@
+// expert_update on CUDA: the skinny products of the gated multi-expert linear.
+//   forward   h = x A^T;  y = base + (gate scale h) B^T
+//   backward  dh = dy B;  dgate = scale sum h dh;  dx (+)= (gate scale dh) A;
+//             dA = (gate scale dh)^T x;  dB = dy^T (gate scale h), both in slices of tokens, then summed
+#include "expert_linear/expert_linear.h"
+#include "expert_linear/product.cuh"
+
+namespace fera {
+namespace cuda {
+namespace {
+
+// Slices of the token axis in dA and dB: enough to fill a large GPU, never shorter than 256 tokens.
+int64_t token_slices(int64_t tokens) { return std::max<int64_t>(1, std::min<int64_t>(64, tokens / 256)); }
+
+template <class Real>
+struct BackwardLayout {
+  Real *dh, *partial;
+  size_t bytes;
+  BackwardLayout(const fera_expert_update_backward_args& a, void* base) {
+    const fera_experts& e = a.experts;
+    const int64_t stacked = int64_t{e.experts} * e.rank;
+    const int64_t widest = std::max(a.da ? e.in : 0, a.db ? e.out : 0);
+    Workspace workspace(base);
+    dh = workspace.take<Real>(e.tokens * stacked);
+    partial = workspace.take<Real>(token_slices(e.tokens) * widest * stacked);
+    bytes = workspace.used();
+  }
+};
+
+// grid (G, E): dgate[g][m] = scale * sum over the group's tokens and expert m's ranks of h dh.
+template <class T>
+__global__ void __launch_bounds__(256)
+    gate_gradient(const T* h, const Compute<T>* dh, int64_t rows_per_gate, int rank, Compute<T> scale,
+                  Compute<T>* dgate) {
+  using Real = Compute<T>;
+  __shared__ Real scratch[32];
+  const int64_t group = blockIdx.x, experts = gridDim.y, first = group * rows_per_gate;
+  Real sum = 0;
+  for (int64_t i = threadIdx.x; i < rows_per_gate * rank; i += blockDim.x) {
+    const int64_t at = (first + i / rank) * experts * rank + blockIdx.y * rank + i % rank;
+    sum += widen(h[at]) * dh[at];
+  }
+  sum = block_sum(sum, scratch);
+  if (threadIdx.x == 0) dgate[group * experts + blockIdx.y] = sum * scale;
+}
+
+template <class T>
+void forward(const fera_expert_update_args& a, cudaStream_t stream) {
+  using Real = Compute<T>;
+  const fera_experts& e = a.experts;
+  const int64_t stacked = int64_t{e.experts} * e.rank;
+  T* h = static_cast<T*>(a.h);
+  launch_product<Real, 128, 16>(e.tokens, stacked, e.in, 1,
+                                RowsOperand<T>{static_cast<const T*>(a.x.data), a.x.stride},
+                                WeightOperand<T>{e.lora_a, e.a_dtype, 1, e.in}, AddRows<T>{h, stacked, nullptr, 0},
+                                stream);
+  launch_product<Real, 64, 64>(
+      e.tokens, e.out, stacked, 1,
+      GatedOperand<T, T>{h, static_cast<const Real*>(e.gate), e.rows_per_gate, e.experts, e.rank,
+                         static_cast<Real>(e.scale)},
+      WeightOperand<T>{e.lora_b, e.b_dtype, 1, stacked},
+      AddRows<T>{static_cast<T*>(a.y.data), a.y.stride, static_cast<const T*>(a.base.data), a.base.stride}, stream);
+}
+
+template <class Real>
+void sum_slices(const Real* partial, int64_t slices, int64_t m, int64_t n, void* out, fera_dtype dtype,
+                int64_t stride_m, int64_t stride_n, cudaStream_t stream) {
+  add_slices<Real><<<static_cast<unsigned>(ceil_div(m * n, int64_t{256})), 256, 0, stream>>>(
+      partial, slices, m, n, out, dtype, stride_m, stride_n);
+}
+
+template <class T>
+void backward(const fera_expert_update_backward_args& a, const BackwardLayout<Compute<T>>& l, cudaStream_t stream) {
+  using Real = Compute<T>;
+  const fera_experts& e = a.experts;
+  const int64_t stacked = int64_t{e.experts} * e.rank;
+  const int64_t slices = e.tokens > 0 ? token_slices(e.tokens) : 0;
+  const T *x = static_cast<const T*>(a.x.data), *dy = static_cast<const T*>(a.dy.data);
+  const T* h = static_cast<const T*>(a.h);
+  const Real *gate = static_cast<const Real*>(e.gate), scale = static_cast<Real>(e.scale);
+  if (slices > 0 && (a.dx.data || a.da || a.dgate)) {
+    launch_product<Real, 128, 16>(e.tokens, stacked, e.out, 1, RowsOperand<T>{dy, a.dy.stride},
+                                  WeightOperand<T>{e.lora_b, e.b_dtype, stacked, 1},
+                                  StorePartial<Real>{l.dh, e.tokens, stacked}, stream);
+    if (a.dgate) {
+      const dim3 grid(static_cast<unsigned>(e.tokens / e.rows_per_gate), e.experts);
+      gate_gradient<T><<<grid, 256, 0, stream>>>(h, l.dh, e.rows_per_gate, e.rank, scale, static_cast<Real*>(a.dgate));
+    }
+    if (a.dx.data) {
+      T* dx = static_cast<T*>(a.dx.data);
+      launch_product<Real, 64, 64>(
+          e.tokens, e.in, stacked, 1,
+          GatedOperand<T, Real>{l.dh, gate, e.rows_per_gate, e.experts, e.rank, scale},
+          WeightOperand<T>{e.lora_a, e.a_dtype, e.in, 1},
+          AddRows<T>{dx, a.dx.stride, a.add_to_dx ? dx : nullptr, a.dx.stride}, stream);
+    }
+  }
+  if (a.da) {
+    if (slices > 0)
+      launch_product<Real, 128, 16>(
+          e.in, stacked, e.tokens, slices, RowsOperand<T, true>{x, a.x.stride},
+          GatedOperand<T, Real>{l.dh, gate, e.rows_per_gate, e.experts, e.rank, scale},
+          StorePartial<Real>{l.partial, e.in, stacked}, stream);
+    sum_slices(l.partial, slices, e.in, stacked, a.da, e.a_dtype, 1, e.in, stream);
+  }
+  if (a.db) {
+    if (slices > 0)
+      launch_product<Real, 128, 16>(e.out, stacked, e.tokens, slices, RowsOperand<T, true>{dy, a.dy.stride},
+                                    GatedOperand<T, T>{h, gate, e.rows_per_gate, e.experts, e.rank, scale},
+                                    StorePartial<Real>{l.partial, e.out, stacked}, stream);
+    sum_slices(l.partial, slices, e.out, stacked, a.db, e.b_dtype, stacked, 1, stream);
+  }
+}
+
+}  // namespace
+}  // namespace cuda
+
+size_t expert_update_workspace_cuda(const fera_expert_update_args&) { return 0; }
+
+size_t expert_update_backward_workspace_cuda(const fera_expert_update_backward_args& a) {
+  return a.x.dtype == FERA_F64 ? cuda::BackwardLayout<double>(a, nullptr).bytes
+                               : cuda::BackwardLayout<float>(a, nullptr).bytes;
+}
+
+}  // namespace fera
+
+extern "C" fera_status fera_expert_update_cuda(const fera_expert_update_args* a, const fera_context* context) {
+  using namespace fera;
+  FERA_RETURN_IF_ERROR(check(*a));
+  FERA_RETURN_IF_ERROR(check_workspace("expert_update", context, 0));
+  if (a->experts.tokens == 0) return FERA_OK;
+  FERA_RETURN_IF_ERROR(cuda::dispatch(a->x.dtype, [&](auto tag) {
+    cuda::forward<typename decltype(tag)::type>(*a, cuda::stream_of(context));
+    return FERA_OK;
+  }));
+  return cuda::launch_status("expert_update");
+}
+
+extern "C" fera_status fera_expert_update_backward_cuda(const fera_expert_update_backward_args* a,
+                                                        const fera_context* context) {
+  using namespace fera;
+  FERA_RETURN_IF_ERROR(check(*a));
+  FERA_RETURN_IF_ERROR(
+      check_workspace("expert_update_backward", context, fera_expert_update_backward_workspace(a, FERA_CUDA)));
+  FERA_RETURN_IF_ERROR(cuda::dispatch(a->x.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const cuda::BackwardLayout<cuda::Compute<T>> layout(*a, context->workspace);
+    cuda::backward<T>(*a, layout, cuda::stream_of(context));
+    return FERA_OK;
+  }));
+  return cuda::launch_status("expert_update_backward");
+}

@@ -1,0 +1,355 @@
+// CPU entry points of expert_update: packed panels, blocks of tokens forward, blocks of columns for dA and dB.
+#include <algorithm>
+#include <type_traits>
+
+#include "common/cpu_parallel.h"
+#include "common/dispatch.h"
+#include "expert_linear/expert_linear.h"
+#include "expert_linear/products_cpu.h"
+
+namespace fera {
+namespace {
+
+using cpu::Product;
+using cpu::ProductKernels;
+
+constexpr int64_t kDepth = 256;    // length of a product between two trips to memory
+constexpr int64_t kPastEnd = 16;   // elements a transposed product may read past the last
+constexpr int64_t kWidest = 32;    // no panel is wider
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+struct Carver {
+  char* base;
+  size_t used = 0;
+  template <class U>
+  U* take(int64_t count) {
+    U* const at = base == nullptr ? nullptr : reinterpret_cast<U*>(base + used);
+    used += align256(sizeof(U) * static_cast<size_t>(count));
+    return at;
+  }
+};
+
+template <class T>
+ProductKernels<T> products_of() {
+  ProductKernels<float> f{};
+  ProductKernels<double> d{};
+#if FERA_CPU_X86
+  if (cpu::cpu_isa() == cpu::Isa::avx512)
+    cpu::avx512::products(&f, &d);
+  else if (cpu::cpu_isa() == cpu::Isa::avx2)
+    cpu::avx2::products(&f, &d);
+  else
+#endif
+    cpu::generic::products(&f, &d);
+  if constexpr (sizeof(T) == 8)
+    return d;
+  else
+    return f;
+}
+
+// A (k, n) operand as panels of `width` columns, each (k, width) contiguous and padded with zeros.
+template <class T>
+struct Panels {
+  T* data = nullptr;
+  int64_t k = 0, n = 0, width = 0;
+  const T* at(int64_t panel, int64_t row) const { return data + (panel * k + row) * width; }
+  int64_t count() const { return (n + width - 1) / width; }
+  int64_t columns(int64_t panel) const { return std::min(width, n - panel * width); }
+};
+
+template <class T>
+struct Plan {
+  fera_experts e;
+  fera_dtype dtype;  // of x
+  ProductKernels<T> kernels;
+  int64_t stacked, padded;  // R, and the row length of (., R) scratch
+  int64_t block, blocks;    // tokens a unit, units
+  int64_t slots, slot_elements;
+  bool direct;              // x's dtype is the compute dtype
+};
+
+template <class T>
+Plan<T> make_plan(const fera_experts& e, fera_dtype dtype) {
+  Plan<T> p;
+  p.e = e;
+  p.dtype = dtype;
+  p.kernels = products_of<T>();
+  p.stacked = int64_t{e.experts} * e.rank;
+  p.padded = round_up(p.stacked, kWidest);
+  p.block = e.tokens <= 4096 ? 48 : 96;
+  p.blocks = (e.tokens + p.block - 1) / p.block;
+  p.slots = std::min<int64_t>(64, std::max(p.blocks, int64_t{1}));
+  // h and h gated; one chunk of tokens in the compute dtype; one panel of results.
+  p.slot_elements = 2 * p.block * p.padded + std::max(p.block, int64_t{1}) * kDepth +
+                    std::max(p.block, p.padded) * kWidest + kDepth * kWidest + kPastEnd;
+  p.slot_elements = round_up(p.slot_elements, 64);
+  p.direct = dtype == compute_dtype(dtype);
+  return p;
+}
+
+template <class T>
+Panels<T> take_panels(const Plan<T>& p, int64_t k, int64_t n, Carver* carver) {
+  Panels<T> panels;
+  panels.k = k;
+  panels.n = n;
+  panels.width = n <= p.kernels.panel_width / 2 ? p.kernels.panel_width / 2 : p.kernels.panel_width;
+  // Room for the widest level, so that the workspace does not depend on the machine.
+  panels.data = carver->take<T>(k * round_up(n, kWidest));
+  return panels;
+}
+
+// Element (i, j) of the operand is from[i * columns + j] of a contiguous matrix; panels run over j, or, transposed,
+// the panels' k is j and their n is i.
+template <class T>
+void pack(const Plan<T>& p, const void* from, fera_dtype dtype, bool transposed, const Panels<T>& to,
+          const fera_context* context) {
+  const int64_t steps = (to.k + kDepth - 1) / kDepth;
+  cpu::parallel_for(context, to.count() * steps, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) {
+      const int64_t panel = u / steps, k0 = u % steps * kDepth, depth = std::min(kDepth, to.k - k0);
+      const int64_t n0 = panel * to.width, columns = to.columns(panel);
+      T* out = to.data + (panel * to.k + k0) * to.width;
+      if (!transposed) {
+        for (int64_t i = 0; i < depth; ++i, out += to.width) {
+          p.kernels.widen_row(from, dtype, p.dtype, (k0 + i) * to.n + n0, columns, out);
+          for (int64_t j = columns; j < to.width; ++j) out[j] = 0;
+        }
+        continue;
+      }
+      for (int64_t j0 = 0; j0 < to.width; j0 += 4) {
+        T row[4][kDepth];
+        for (int64_t j = 0; j < 4; ++j) {
+          if (j0 + j < columns)
+            p.kernels.widen_row(from, dtype, p.dtype, (n0 + j0 + j) * to.k + k0, depth, row[j]);
+          else
+            std::fill(row[j], row[j] + depth, T{0});
+        }
+        for (int64_t i = 0; i < depth; ++i)
+          for (int64_t j = 0; j < 4; ++j) out[i * to.width + j0 + j] = row[j][i];
+      }
+    }
+  });
+}
+
+// out (tokens, n) = rows (tokens, k) of `x` from t0 on, times panels; `chunk` holds converted rows.
+template <class T>
+void rows_product(const Plan<T>& p, const fera_rows& x, int64_t t0, int64_t tokens, const Panels<T>& panels, T* out,
+                  int64_t out_stride, T* chunk) {
+  for (int64_t k0 = 0; k0 < panels.k; k0 += kDepth) {
+    const int64_t depth = std::min(kDepth, panels.k - k0);
+    const T* a = static_cast<const T*>(x.data) + t0 * x.stride + k0;
+    int64_t a_step = x.stride;
+    if (!p.direct) {
+      for (int64_t t = 0; t < tokens; ++t)
+        p.kernels.widen_row(x.data, x.dtype, x.dtype, (t0 + t) * x.stride + k0, depth, chunk + t * kDepth);
+      a = chunk;
+      a_step = kDepth;
+    }
+    for (int64_t panel = 0; panel < panels.count(); ++panel) {
+      T* to = out + panel * panels.width;
+      p.kernels.product({a, a_step, tokens, panels.columns(panel), depth, panels.at(panel, k0), panels.width,
+                         k0 == 0 ? nullptr : to, out_stride, to, out_stride});
+    }
+  }
+}
+
+// to rows = (init rows or 0) + a (tokens, R) panels, in x's dtype; `result` holds a panel of results.
+template <class T>
+void product_to_rows(const Plan<T>& p, const T* a, int64_t t0, int64_t tokens, const Panels<T>& panels,
+                     const fera_rows* init, const fera_rows& to, T* result) {
+  for (int64_t panel = 0; panel < panels.count(); ++panel) {
+    const int64_t n0 = panel * panels.width, columns = panels.columns(panel);
+    if (p.direct) {
+      T* out = static_cast<T*>(to.data) + t0 * to.stride + n0;
+      const T* from = init == nullptr ? nullptr : static_cast<const T*>(init->data) + t0 * init->stride + n0;
+      p.kernels.product({a, p.padded, tokens, columns, panels.k, panels.at(panel, 0), panels.width, from,
+                         init == nullptr ? 0 : init->stride, out, to.stride});
+      continue;
+    }
+    p.kernels.product({a, p.padded, tokens, columns, panels.k, panels.at(panel, 0), panels.width, nullptr, 0, result,
+                       panels.width});
+    for (int64_t t = 0; t < tokens; ++t)
+      p.kernels.narrow_row(result + t * panels.width, init == nullptr ? nullptr : init->data,
+                           init == nullptr ? 0 : (t0 + t) * init->stride + n0, to.data, (t0 + t) * to.stride + n0,
+                           p.dtype, columns);
+  }
+}
+
+// to[i] = gate scale from[i]
+template <class T>
+void apply_gate(const fera_experts& e, int64_t t, const T* from, T* to) {
+  const T* gate = static_cast<const T*>(e.gate) + t / e.rows_per_gate * e.experts;
+  for (int m = 0; m < e.experts; ++m) {
+    const T factor = gate[m] * static_cast<T>(e.scale);
+    for (int i = 0; i < e.rank; ++i) to[m * e.rank + i] = factor * from[m * e.rank + i];
+  }
+}
+
+template <class T>
+size_t forward(const fera_expert_update_args& a, const fera_context* context) {
+  Carver carver{context == nullptr ? nullptr : static_cast<char*>(context->workspace)};
+  const Plan<T> p = make_plan<T>(a.experts, a.x.dtype);
+  const Panels<T> down = take_panels(p, a.experts.in, p.stacked, &carver);
+  const Panels<T> up = take_panels(p, p.stacked, a.experts.out, &carver);
+  T* scratch = carver.take<T>(p.slots * p.slot_elements);
+  if (context == nullptr) return carver.used;
+  pack(p, a.experts.lora_a, a.experts.a_dtype, true, down, context);
+  pack(p, a.experts.lora_b, a.experts.b_dtype, true, up, context);
+  cpu::for_units(context, p.blocks, p.slots, 1, [&](int64_t unit, int64_t slot) {
+    const int64_t t0 = unit * p.block, tokens = std::min(p.block, a.experts.tokens - t0);
+    T* h = scratch + slot * p.slot_elements;
+    T* gated = h + p.block * p.padded;
+    T* chunk = gated + p.block * p.padded;
+    T* result = chunk + p.block * kDepth;
+    rows_product(p, a.x, t0, tokens, down, h, p.padded, chunk);
+    for (int64_t t = 0; t < tokens; ++t) {
+      T* row = h + t * p.padded;
+      p.kernels.narrow_row(row, nullptr, 0, a.h, (t0 + t) * p.stacked, p.dtype, p.stacked);
+      if (!p.direct) p.kernels.widen_row(a.h, p.dtype, p.dtype, (t0 + t) * p.stacked, p.stacked, row);
+      apply_gate(a.experts, t0 + t, row, gated + t * p.padded);
+    }
+    product_to_rows(p, gated, t0, tokens, up, &a.base, a.y, result);
+  });
+  return carver.used;
+}
+
+// Columns [n0, n0 + columns) of left^T rows: out (R, columns) = sum_t left[t][:] rows[t][n0 ...], tokens in order.
+template <class T>
+void columns_product(const Plan<T>& p, const T* left, const fera_rows& rows, int64_t n0, int64_t columns, T* chunk,
+                     T* out, int64_t out_stride) {
+  const int64_t width = p.kernels.panel_width;
+  const bool in_place = p.direct && columns == width && p.stacked <= 12;
+  for (int64_t t0 = 0; t0 < p.e.tokens; t0 += kDepth) {
+    const int64_t depth = std::min(kDepth, p.e.tokens - t0);
+    const T* panel = static_cast<const T*>(rows.data) + t0 * rows.stride + n0;
+    int64_t step = rows.stride;
+    if (!in_place) {
+      for (int64_t t = 0; t < depth; ++t) {
+        T* to = chunk + t * width;
+        p.kernels.widen_row(rows.data, p.dtype, p.dtype, (t0 + t) * rows.stride + n0, columns, to);
+        for (int64_t j = columns; j < width; ++j) to[j] = 0;
+      }
+      panel = chunk;
+      step = width;
+    }
+    p.kernels.transposed_product({left + t0 * p.padded, p.padded, p.stacked, columns, depth, panel, step,
+                                  t0 == 0 ? nullptr : out, out_stride, out, out_stride});
+  }
+  if (p.e.tokens == 0)
+    for (int64_t i = 0; i < p.stacked; ++i) std::fill(out + i * out_stride, out + i * out_stride + columns, T{0});
+}
+
+template <class T>
+size_t backward(const fera_expert_update_backward_args& a, const fera_context* context) {
+  Carver carver{context == nullptr ? nullptr : static_cast<char*>(context->workspace)};
+  const fera_experts& e = a.experts;
+  const Plan<T> p = make_plan<T>(e, a.x.dtype);
+  const bool to_dx = a.dx.data != nullptr, to_a = a.da != nullptr, to_b = a.db != nullptr, to_gate = a.dgate != nullptr;
+  const bool needs_dh = to_dx || to_a || to_gate;
+  Panels<T> down, up;
+  if (needs_dh) down = take_panels(p, e.out, p.stacked, &carver);
+  if (to_dx) up = take_panels(p, p.stacked, e.in, &carver);
+  const int64_t rows = e.tokens * p.padded + kPastEnd;
+  T* gated_dh = to_a || to_dx ? carver.take<T>(rows) : nullptr;
+  T* gated_h = to_b ? carver.take<T>(rows) : nullptr;
+  T* dots = to_gate ? carver.take<T>(e.tokens * e.experts) : nullptr;  // scale h . dh by token and expert
+  const int64_t width = p.kernels.panel_width;
+  const int64_t a_panels = to_a ? (e.in + width - 1) / width : 0, b_panels = to_b ? (e.out + width - 1) / width : 0;
+  const int64_t column_slots = std::min<int64_t>(64, a_panels + b_panels);
+  T* scratch = carver.take<T>(std::max<int64_t>(p.slots, to_a || to_b ? 64 : 0) * p.slot_elements);
+  if (context == nullptr) return carver.used;
+
+  if (needs_dh) pack(p, e.lora_b, e.b_dtype, false, down, context);
+  if (to_dx) pack(p, e.lora_a, e.a_dtype, false, up, context);
+  cpu::for_units(context, p.blocks, p.slots, 1, [&](int64_t unit, int64_t slot) {
+    const int64_t t0 = unit * p.block, tokens = std::min(p.block, e.tokens - t0);
+    T* dh = scratch + slot * p.slot_elements;
+    T* h = dh + p.block * p.padded;
+    T* chunk = h + p.block * p.padded;
+    T* result = chunk + p.block * kDepth;
+    if (needs_dh) rows_product(p, a.dy, t0, tokens, down, dh, p.padded, chunk);
+    for (int64_t t = t0; t < t0 + tokens; ++t) {
+      const T* dh_row = dh + (t - t0) * p.padded;
+      if (to_gate || to_b) p.kernels.widen_row(a.h, p.dtype, p.dtype, t * p.stacked, p.stacked, h);
+      for (int m = 0; to_gate && m < e.experts; ++m) {
+        T sum = 0;
+        for (int i = m * e.rank; i < (m + 1) * e.rank; ++i) sum += h[i] * dh_row[i];
+        dots[t * e.experts + m] = sum;
+      }
+      if (to_b) apply_gate(e, t, h, gated_h + t * p.padded);
+      if (gated_dh != nullptr) apply_gate(e, t, dh_row, gated_dh + t * p.padded);
+    }
+    if (to_dx)
+      product_to_rows(p, gated_dh + t0 * p.padded, t0, tokens, up, a.add_to_dx ? &a.dx : nullptr, a.dx, result);
+  });
+
+  if (to_gate)
+    cpu::parallel_for(context, e.tokens == 0 ? 0 : e.tokens / e.rows_per_gate, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g)
+        for (int m = 0; m < e.experts; ++m) {
+          double sum = 0;
+          for (int64_t t = g * e.rows_per_gate; t < (g + 1) * e.rows_per_gate; ++t)
+            sum += static_cast<double>(dots[t * e.experts + m]);
+          static_cast<T*>(a.dgate)[g * e.experts + m] = static_cast<T>(e.scale * sum);
+        }
+    });
+
+  cpu::for_units(context, a_panels + b_panels, column_slots, 1, [&](int64_t unit, int64_t slot) {
+    T* chunk = scratch + slot * p.slot_elements;
+    T* out = chunk + kDepth * kWidest;
+    const bool is_a = unit < a_panels;
+    const int64_t n0 = (is_a ? unit : unit - a_panels) * width, columns = std::min(width, (is_a ? e.in : e.out) - n0);
+    columns_product(p, is_a ? gated_dh : gated_h, is_a ? a.x : a.dy, n0, columns, chunk, out, width);
+    for (int64_t i = 0; is_a && i < p.stacked; ++i)
+      p.kernels.narrow_row(out + i * width, nullptr, 0, a.da, i * e.in + n0, e.a_dtype, columns);
+    for (int64_t j = 0; !is_a && j < columns; ++j) {
+      T row[FERA_MAX_RANK];
+      for (int64_t i = 0; i < p.stacked; ++i) row[i] = out[i * width + j];
+      p.kernels.narrow_row(row, nullptr, 0, a.db, (n0 + j) * p.stacked, e.b_dtype, p.stacked);
+    }
+  });
+  return carver.used;
+}
+
+// Sizes that the entry point will refuse need no workspace.
+bool possible(const fera_experts& e) {
+  return e.tokens >= 0 && e.tokens < (int64_t{1} << 31) && e.in >= 1 && e.in < (int64_t{1} << 24) && e.out >= 1 &&
+         e.out < (int64_t{1} << 24) && e.experts >= 1 && e.rank >= 1 &&
+         int64_t{e.experts} * e.rank <= FERA_MAX_RANK;
+}
+
+}  // namespace
+
+size_t expert_update_workspace_cpu(const fera_expert_update_args& a) {
+  if (!possible(a.experts)) return 0;
+  return a.x.dtype == FERA_F64 ? forward<double>(a, nullptr) : forward<float>(a, nullptr);
+}
+
+size_t expert_update_backward_workspace_cpu(const fera_expert_update_backward_args& a) {
+  if (!possible(a.experts)) return 0;
+  return a.x.dtype == FERA_F64 ? backward<double>(a, nullptr) : backward<float>(a, nullptr);
+}
+
+}  // namespace fera
+
+extern "C" fera_status fera_expert_update_cpu(const fera_expert_update_args* args, const fera_context* context) {
+  using namespace fera;
+  FERA_RETURN_IF_ERROR(check(*args));
+  FERA_RETURN_IF_ERROR(check_workspace("expert_update", context, expert_update_workspace_cpu(*args)));
+  return dispatch_compute(args->x.dtype, [&](auto tag) {
+    forward<typename decltype(tag)::type>(*args, context);
+    return FERA_OK;
+  });
+}
+
+extern "C" fera_status fera_expert_update_backward_cpu(const fera_expert_update_backward_args* args,
+                                                       const fera_context* context) {
+  using namespace fera;
+  FERA_RETURN_IF_ERROR(check(*args));
+  FERA_RETURN_IF_ERROR(check_workspace("expert_update_backward", context, expert_update_backward_workspace_cpu(*args)));
+  return dispatch_compute(args->x.dtype, [&](auto tag) {
+    backward<typename decltype(tag)::type>(*args, context);
+    return FERA_OK;
+  });
+}

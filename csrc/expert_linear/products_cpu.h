@@ -1,0 +1,51 @@
+// Skinny products of expert_linear, one table an instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/checks.h"
+#include "common/cpu_isa.h"
+#include "common/cpu_types.h"
+
+namespace fera::cpu {
+
+// out (m, n) = init + a (m, k) panel (k, n) with n <= panel_width; panel rows `panel_step` apart, readable to the
+// end of their vectors. init NULL is 0. Element (i, l) of a: a[i * a_step + l], or, transposed, a[l * a_step + i],
+// readable up to 16 elements past the last.
+template <class T>
+struct Product {
+  const T* a;
+  int64_t a_step;
+  int64_t m, n, k;
+  const T* panel;
+  int64_t panel_step;
+  const T* init;
+  int64_t init_stride;
+  T* out;
+  int64_t out_stride;
+};
+
+template <class T>
+struct ProductKernels {
+  int panel_width;
+  void (*product)(const Product<T>&);
+  void (*transposed_product)(const Product<T>&);
+  // to[i] = from[i] in the compute dtype, rounded to `through` on the way.
+  void (*widen_row)(const void* from, fera_dtype dtype, fera_dtype through, int64_t offset, int64_t count, T* to);
+  // to[i] = from[i] + (add ? add[i] : 0), both in `dtype`.
+  void (*narrow_row)(const T* from, const void* add, int64_t add_offset, void* to, int64_t offset, fera_dtype dtype,
+                     int64_t count);
+};
+
+namespace generic {
+void products(ProductKernels<float>* f, ProductKernels<double>* d);
+}
+namespace avx2 {
+void products(ProductKernels<float>* f, ProductKernels<double>* d);
+}
+namespace avx512 {
+void products(ProductKernels<float>* f, ProductKernels<double>* d);
+}
+
+}  // namespace fera::cpu

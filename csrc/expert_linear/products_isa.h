@@ -1,0 +1,177 @@
+// Register-blocked products: a tile of Rows x Vectors accumulators, one broadcast of `a` a row and step.
+// Included after common/isa_push.h.
+#pragma once
+
+#include "common/simd_isa.h"
+#include "expert_linear/products_cpu.h"
+
+namespace fera::cpu::FERA_ISA {
+
+// AVX-512 has 32 registers, the others 16.
+constexpr int kTall = FERA_VECTOR_BYTES == 64 ? 12 : 6;
+constexpr int kMiddle = FERA_VECTOR_BYTES == 64 ? 8 : 4;
+constexpr int kShort = FERA_VECTOR_BYTES == 64 ? 4 : 2;
+
+template <class T, int Rows, int Vectors, bool Transposed>
+__attribute__((noinline)) void tile(const Product<T>& x, int64_t i0, int64_t rows) {
+  constexpr int L = lanes_of<T>;
+  constexpr int64_t wide = Vectors * L;
+  Vec<T> sum[Rows][Vectors];
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+    for (int b = 0; b < Vectors; ++b) sum[r][b] = Vec<T>{};
+  const T* panel = x.panel;
+  const int64_t step = x.panel_step, a_step = x.a_step, k = x.k;
+  if constexpr (Transposed) {
+    const T* a = x.a + i0;
+    for (int64_t l = 0; l < k; ++l, a += a_step, panel += step) {
+      Vec<T> v[Vectors];
+#pragma GCC unroll 2
+      for (int b = 0; b < Vectors; ++b) load<T>(panel + b * L, v[b]);
+#pragma GCC unroll 12
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+        for (int b = 0; b < Vectors; ++b) sum[r][b] += a[r] * v[b];
+    }
+  } else {
+    // Rows past the last repeat it and are not stored.
+    const T* a[Rows];
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) a[r] = x.a + (i0 + (r < rows ? r : rows - 1)) * a_step;
+    for (int64_t l = 0; l < k; ++l, panel += step) {
+      Vec<T> v[Vectors];
+#pragma GCC unroll 2
+      for (int b = 0; b < Vectors; ++b) load<T>(panel + b * L, v[b]);
+#pragma GCC unroll 12
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+        for (int b = 0; b < Vectors; ++b) sum[r][b] += a[r][l] * v[b];
+    }
+  }
+  const bool whole = x.n == wide;
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r) {
+    if (r >= rows) break;
+    T* out = x.out + (i0 + r) * x.out_stride;
+    const T* init = x.init == nullptr ? nullptr : x.init + (i0 + r) * x.init_stride;
+    if (whole) {
+#pragma GCC unroll 2
+      for (int b = 0; b < Vectors; ++b) {
+        if (init != nullptr) {
+          Vec<T> v;
+          load<T>(init + b * L, v);
+          sum[r][b] += v;
+        }
+        store<T>(out + b * L, sum[r][b]);
+      }
+    } else {
+      T part[wide];
+#pragma GCC unroll 2
+      for (int b = 0; b < Vectors; ++b) store<T>(part + b * L, sum[r][b]);
+      for (int64_t j = 0; j < x.n; ++j) out[j] = part[j] + (init != nullptr ? init[j] : T{0});
+    }
+  }
+}
+
+template <class T, int Vectors, bool Transposed>
+void product_rows(const Product<T>& x) {
+  int64_t i = 0;
+  for (; i + kTall <= x.m; i += kTall) tile<T, kTall, Vectors, Transposed>(x, i, kTall);
+  const int64_t left = x.m - i;
+  if (left > kMiddle)
+    tile<T, kTall, Vectors, Transposed>(x, i, left);
+  else if (left > kShort)
+    tile<T, kMiddle, Vectors, Transposed>(x, i, left);
+  else if (left > 0)
+    tile<T, kShort, Vectors, Transposed>(x, i, left);
+}
+
+template <class T, bool Transposed>
+void product(const Product<T>& x) {
+  if (x.n <= lanes_of<T>)
+    product_rows<T, 1, Transposed>(x);
+  else
+    product_rows<T, 2, Transposed>(x);
+}
+
+template <class Through, class S, class T>
+FERA_INLINE void widen_through(const S* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    Through rounded;
+    narrow(static_cast<T>(widen(from[i])), &rounded);
+    to[i] = static_cast<T>(widen(rounded));
+  }
+}
+
+template <class S, class T>
+__attribute__((noinline)) void widen_from(const S* from, fera_dtype through, int64_t count, T* to) {
+  if constexpr (sizeof(T) == 4) {
+    if (through == FERA_F16) return widen_through<Half>(from, count, to);
+    if (through == FERA_BF16) return widen_through<Bfloat>(from, count, to);
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[i]));
+}
+
+template <class T>
+void widen_row(const void* from, fera_dtype dtype, fera_dtype through, int64_t offset, int64_t count, T* to) {
+  switch (dtype) {
+    case FERA_F32:
+      return widen_from(static_cast<const float*>(from) + offset, through, count, to);
+    case FERA_F64:
+      return widen_from(static_cast<const double*>(from) + offset, through, count, to);
+    case FERA_F16:
+      return widen_from(static_cast<const Half*>(from) + offset, through == FERA_F16 ? FERA_F32 : through, count, to);
+    default:
+      return widen_from(static_cast<const Bfloat*>(from) + offset, through == FERA_BF16 ? FERA_F32 : through, count, to);
+  }
+}
+
+template <class S, class T>
+__attribute__((noinline)) void narrow_to(const T* from, const S* add, S* to, int64_t count) {
+  if (add != nullptr)
+    for (int64_t i = 0; i < count; ++i) {
+      if constexpr (sizeof(S) == 8)
+        narrow(static_cast<double>(from[i] + widen(add[i])), to + i);
+      else
+        narrow(static_cast<float>(from[i] + widen(add[i])), to + i);
+    }
+  else
+    for (int64_t i = 0; i < count; ++i) {
+      if constexpr (sizeof(S) == 8)
+        narrow(static_cast<double>(from[i]), to + i);
+      else
+        narrow(static_cast<float>(from[i]), to + i);
+    }
+}
+
+template <class T>
+void narrow_row(const T* from, const void* add, int64_t add_offset, void* to, int64_t offset, fera_dtype dtype,
+                int64_t count) {
+  const auto run = [&](auto* typed) {
+    using S = std::remove_reference_t<decltype(*typed)>;
+    narrow_to(from, add == nullptr ? nullptr : static_cast<const S*>(add) + add_offset, typed + offset, count);
+  };
+  switch (dtype) {
+    case FERA_F32:
+      return run(static_cast<float*>(to));
+    case FERA_F64:
+      return run(static_cast<double*>(to));
+    case FERA_F16:
+      return run(static_cast<Half*>(to));
+    default:
+      return run(static_cast<Bfloat*>(to));
+  }
+}
+
+template <class T>
+ProductKernels<T> products_of() {
+  return {2 * lanes_of<T>, product<T, false>, product<T, true>, widen_row<T>, narrow_row<T>};
+}
+
+void products(ProductKernels<float>* f, ProductKernels<double>* d) {
+  *f = products_of<float>();
+  *d = products_of<double>();
+}
+
+}  // namespace fera::cpu::FERA_ISA

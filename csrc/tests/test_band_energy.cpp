@@ -1,0 +1,206 @@
+// band_energy and its backward against direct sums.
+#include "tests/band_reference.h"
+
+using namespace test;
+
+namespace {
+
+struct Case {
+  fera_device device;
+  fera_dtype dtype;
+  int64_t n, p;
+  Size size;
+  int bands, blurs;
+  Layout layout;
+  double scale, eps;
+  std::string what() const {
+    char text[160];
+    std::snprintf(text, sizeof text, "%s %s (%d, %d, %d, %d) K=%d J=%d layout %d scale %g", name_of(device),
+                  name_of(dtype), static_cast<int>(n), static_cast<int>(p), size.h, size.w, bands, blurs,
+                  static_cast<int>(layout), scale);
+    return text;
+  }
+};
+
+struct Results {
+  Array energy, indicator;
+  Array total;
+  Latent dz, dz_of_indicator;
+};
+
+Results compute(const Case& c, Values& z, const Filters& filters, Values& grad, Threads threads) {
+  const fera_dtype compute = compute_of(c.dtype);
+  Latent latent(c.device, c.dtype, c.n, c.p, c.size.h, c.size.w, c.layout);
+  latent.set(z);
+  Results r{Array(c.device, compute, c.n * c.bands), Array(c.device, compute, c.n * c.bands),
+            Array(c.device, FERA_F64, c.n), Latent(c.device, c.dtype, c.n, c.p, c.size.h, c.size.w, c.layout),
+            Latent(c.device, c.dtype, c.n, c.p, c.size.h, c.size.w, Layout::contiguous)};
+  fera_band_energy_args a{latent.view,       filters.view,          c.eps, r.energy.data(), r.indicator.data(),
+                          static_cast<double*>(r.total.data())};
+  EXPECT_OK(FERA_RUN(band_energy, c.device, a, threads));
+  const Array g(c.device, compute, grad);
+  fera_band_energy_backward_args b{latent.view, filters.view, g.data(), nullptr, nullptr, r.dz.view};
+  EXPECT_OK(FERA_RUN(band_energy_backward, c.device, b, threads));
+  b = {latent.view,      filters.view, g.data(), r.indicator.data(), static_cast<const double*>(r.total.data()),
+       r.dz_of_indicator.view};
+  EXPECT_OK(FERA_RUN(band_energy_backward, c.device, b, threads));
+  return r;
+}
+
+void check(const Case& c) {
+  const fera_dtype compute_dtype = compute_of(c.dtype);
+  const bool exact = c.dtype == FERA_F64;
+  const Filters filters(c.device, compute_dtype, c.bands, c.blurs, c.size.h, c.size.w);
+  Values z = normal(c.n * c.p * c.size.h * c.size.w, c.scale), grad = normal(c.n * c.bands);
+  const Results r = compute(c, z, filters, grad, Threads::none);
+  const Values want = energies(filters, z, c.n, c.p);
+  const double tolerance = exact ? 1e-12 : 2e-6;
+  Values share(want.size()), twice(want.size()), of_indicator(want.size()), total(static_cast<size_t>(c.n));
+  for (int64_t n = 0; n < c.n; ++n) {
+    double sum = c.eps, mean = 0;
+    for (int k = 0; k < c.bands; ++k) sum += want[n * c.bands + k];
+    total[n] = sum;
+    for (int k = 0; k < c.bands; ++k) share[n * c.bands + k] = sum == 0 ? 0 : want[n * c.bands + k] / sum;
+    for (int k = 0; k < c.bands; ++k) mean += share[n * c.bands + k] * grad[n * c.bands + k];
+    for (int k = 0; k < c.bands; ++k) {
+      twice[n * c.bands + k] = 2 * grad[n * c.bands + k];
+      of_indicator[n * c.bands + k] = sum == 0 ? 0 : 2 * (grad[n * c.bands + k] - mean) / sum;
+    }
+  }
+  const std::string what = c.what();
+  if (!want.empty() && total[0] < 1e37 && total[0] > 1e-30)
+    expect_close(r.energy.values(), want, tolerance, "energy " + what);
+  expect_close(r.total.values(), total, tolerance, "total " + what);
+  expect_close(r.indicator.values(), share, tolerance, "indicator " + what);
+  // 16-bit results: half a unit in the last place, 2^-9 and 2^-12, plus half's subnormals.
+  const double store = c.dtype == FERA_BF16 ? 6e-3 : c.dtype == FERA_F16 ? 1e-3 : exact ? 1e-11 : 5e-6;
+  const double floor = c.dtype == FERA_F16 ? 3e-8 * std::sqrt(static_cast<double>(z.size())) : 0;
+  expect_close(r.dz.values(), weighted_all(filters, z, c.n, c.p, twice, c.bands), store, "dz " + what, floor);
+  // The gradient of a share cancels where one band has nearly everything: the tolerance is of its terms.
+  const Values through = weighted_all(filters, z, c.n, c.p, of_indicator, c.bands);
+  double terms = 0;
+  for (int64_t i = 0; i < static_cast<int64_t>(z.size()); ++i) {
+    const double t = total[i / (c.p * c.size.h * c.size.w)];
+    terms += t == 0 ? 0 : 1e2 * z[i] * z[i] / t / t;
+  }
+  expect_close(r.dz_of_indicator.values(), through, store, "dz through the indicator " + what,
+               floor + (exact ? 1e-12 : 4e-6) * std::sqrt(terms));
+}
+
+void sizes(fera_device device) {
+  int turn = 0;
+  for (const Size size : kSizes)
+    for (const int blurs : {0, 2}) {
+      for (const fera_dtype dtype : kDtypes) {
+        if (dtype != FERA_F32 && (size.h > 100 || size.w > 100) && blurs) continue;
+        const int64_t n = 1 + turn % 3, p = 1 + turn % 4;
+        check({device, dtype, n, p, size, 1 + turn % 5, blurs, static_cast<Layout>(turn % 4), 1.0, 1e-8});
+        ++turn;
+      }
+    }
+  done("band_energy sizes, dtypes, strides", device);
+}
+
+void ranges(fera_device device) {
+  for (const int blurs : {0, 3})
+    for (const double scale : {0.0, 1e18, 1e-20, 1e-30, 1e15, 100.0})
+      for (const double eps : {1e-8, 0.0})
+        check({device, FERA_F32, 2, 3, {12, 10}, 3, blurs, Layout::contiguous, scale, eps});
+  for (const fera_dtype dtype : {FERA_F16, FERA_BF16, FERA_F64})
+    for (const double scale : {0.0, 300.0, 1e-3})
+      check({device, dtype, 2, 2, {12, 10}, 16, 0, Layout::contiguous, scale, 1e-8});
+  check({device, FERA_F32, 0, 3, {8, 8}, 3, 0, Layout::contiguous, 1, 1e-8});
+  check({device, FERA_F32, 2, 0, {8, 8}, 3, 0, Layout::contiguous, 1, 1e-8});
+  check({device, FERA_F32, 2, 0, {8, 8}, 3, 2, Layout::contiguous, 1, 1e-8});
+  check({device, FERA_F32, 70, 3, {4, 6}, 2, 0, Layout::contiguous, 1, 1e-8});
+  done("band_energy ranges and empty sizes", device);
+}
+
+void nan_stays(fera_device device) {
+  for (const int blurs : {0, 2})
+    for (const fera_dtype dtype : kDtypes) {
+      const Case c{device, dtype, 3, 2, {9, 8}, 3, blurs, Layout::contiguous, 1, 1e-8};
+      const Filters filters(device, compute_of(dtype), c.bands, blurs, c.size.h, c.size.w);
+      Values z = normal(c.n * c.p * 72), grad(static_cast<size_t>(c.n * c.bands), 1.0);
+      z[144 + 100] = NAN;
+      const Results r = compute(c, z, filters, grad, Threads::none);
+      for (const Values& v : {r.energy.values(), r.indicator.values()})
+        for (int64_t n = 0; n < c.n; ++n)
+          if (n == 1)
+            expect_all_nan(Values(v.begin() + n * 3, v.begin() + n * 3 + 3), "NaN " + c.what());
+          else
+            for (int k = 0; k < 3; ++k)
+              if (!std::isfinite(v[n * 3 + k])) fail("a NaN spread to another sample, %s", c.what().c_str());
+      const Values dz = r.dz.values();
+      if (!std::isnan(dz[144 + 100])) fail("a NaN was lost backward, %s", c.what().c_str());
+      if (!std::isfinite(dz[0])) fail("a NaN spread backward, %s", c.what().c_str());
+    }
+  done("band_energy NaN", device);
+}
+
+void deterministic(fera_device device) {
+  for (const int blurs : {0, 3})
+    for (const Size size : {Size{24, 20}, Size{104, 19}}) {
+      const Case c{device, FERA_F32, 5, 3, size, 3, blurs, Layout::contiguous, 1, 1e-8};
+      const Filters filters(device, FERA_F32, 3, blurs, size.h, size.w);
+      Values z = normal(c.n * c.p * size.h * size.w), grad = normal(c.n * 3);
+      const Results first = compute(c, z, filters, grad, Threads::none);
+      for (const Threads threads : {Threads::none, Threads::reversed, Threads::two, Threads::many}) {
+        const Results again = compute(c, z, filters, grad, threads);
+        expect_same_bits(first.energy.buffer, again.energy.buffer, "energy " + c.what());
+        expect_same_bits(first.dz.buffer, again.dz.buffer, "dz " + c.what());
+        expect_same_bits(first.dz_of_indicator.buffer, again.dz_of_indicator.buffer, "dz " + c.what());
+      }
+    }
+  done("band_energy same bits", device);
+}
+
+void errors(fera_device device) {
+  const Filters filters(device, FERA_F32, 3, 0, 8, 8);
+  const Latent z(device, FERA_F32, 1, 1, 8, 8, Layout::contiguous);
+  const Array e(device, FERA_F32, 3);
+  const fera_band_energy_args good{z.view, filters.view, 1e-8, e.data(), nullptr, nullptr};
+  fera_band_energy_args a = good;
+  a.z.h = 513;
+  expect_error(FERA_RUN(band_energy, device, a), FERA_INVALID, "band_energy: z height must be from 1 to 512, got 513");
+  a = good;
+  a.z.w = 0;
+  expect_error(FERA_RUN(band_energy, device, a), FERA_INVALID, "band_energy: z width must be from 1 to 512, got 0");
+  a = good;
+  a.filters.bands = 17;
+  expect_error(FERA_RUN(band_energy, device, a), FERA_INVALID, "band_energy: bands must be from 1 to 16, got 17");
+  a = good;
+  a.z.data = nullptr;
+  expect_error(FERA_RUN(band_energy, device, a), FERA_INVALID, "band_energy: z must be a pointer, got NULL");
+  a = good;
+  a.eps = -1;
+  expect_error(FERA_RUN(band_energy, device, a), FERA_INVALID,
+               "band_energy: eps must be finite and not negative, got -1");
+  const size_t bytes = fera_band_energy_workspace(&good, device);
+  if (bytes > 0) {
+    fera_context context{};
+    const fera_status status =
+        device == FERA_CPU ? fera_band_energy_cpu(&good, &context) : fera_band_energy_cuda(&good, &context);
+    char sentence[160];
+    std::snprintf(sentence, sizeof sentence, "band_energy: workspace must be at least %zu bytes, got 0", bytes);
+    expect_error(status, FERA_INVALID, sentence);
+  }
+  Latent dz(device, FERA_F32, 1, 1, 8, 9, Layout::contiguous);
+  const fera_band_energy_backward_args b{z.view, filters.view, e.data(), nullptr, nullptr, dz.view};
+  expect_error(FERA_RUN(band_energy_backward, device, b), FERA_INVALID,
+               "band_energy_backward: dz must be (1, 1, 8, 8) of dtype 0, got (1, 1, 8, 9) of dtype 0");
+  done("band_energy errors", device);
+}
+
+}  // namespace
+
+int main() {
+  for (const fera_device device : devices()) {
+    sizes(device);
+    ranges(device);
+    nan_stays(device);
+    deterministic(device);
+    errors(device);
+  }
+  return finish();
+}

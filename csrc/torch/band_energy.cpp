@@ -1,0 +1,97 @@
+#include "call.h"
+
+namespace fera::torch_binding {
+namespace {
+
+struct Outputs {
+  Tensor energy, indicator, total;
+};
+
+Outputs run(const char* op, const Tensor& z, const Tensor& table, const OptionalTensor& right,
+            const OptionalTensor& mix, at::IntArrayRef reach, double eps, bool indicator) {
+  const DeviceScope scope(z);
+  const Latent latent(op, "z", z);
+  const Filters filters(op, z, table, right, mix, reach);
+  const Tensor out = at::empty({z.size(0), filters.view.bands}, compute_options(z));
+  const Tensor total = at::empty({indicator ? z.size(0) : 0}, z.options().dtype(at::kDouble));
+  const fera_band_energy_args args{latent.view,
+                                   filters.view,
+                                   eps,
+                                   indicator ? nullptr : out.data_ptr(),
+                                   indicator ? out.data_ptr() : nullptr,
+                                   indicator ? total.data_ptr<double>() : nullptr};
+  FERA_CALL(z, band_energy, args);
+  return {out, out, total};
+}
+
+Tensor run_backward(const char* op, const Tensor& grad, const OptionalTensor& indicator, const OptionalTensor& total,
+                    const Tensor& z, const Tensor& table, const OptionalTensor& right, const OptionalTensor& mix,
+                    at::IntArrayRef reach) {
+  const DeviceScope scope(z);
+  const Latent latent(op, "z", z);
+  const Filters filters(op, z, table, right, mix, reach);
+  FERA_REQUIRE(op, grad.dim() == 2 && grad.size(0) == z.size(0) && grad.size(1) == filters.view.bands, "grad",
+               c10::str("(", z.size(0), ", ", filters.view.bands, ")"), grad.sizes());
+  const Tensor upstream = grad.to(compute_type(z)).contiguous();
+  const Tensor e = indicator.has_value() ? indicator->to(compute_type(z)).contiguous() : Tensor();
+  const Tensor dz = at::empty(z.sizes(), z.options());
+  const Latent out(op, "dz", dz);
+  const fera_band_energy_backward_args args{latent.view,
+                                            filters.view,
+                                            upstream.data_ptr(),
+                                            e.defined() ? e.data_ptr() : nullptr,
+                                            total.has_value() ? total->data_ptr<double>() : nullptr,
+                                            out.view};
+  FERA_CALL(z, band_energy_backward, args);
+  return dz;
+}
+
+Tensor band_energy(const Tensor& z, const Tensor& table, const OptionalTensor& right, const OptionalTensor& mix,
+                   at::IntArrayRef reach) {
+  return run("band_energy", z, table, right, mix, reach, 0.0, false).energy;
+}
+
+Tensor band_energy_backward(const Tensor& grad, const Tensor& z, const Tensor& table, const OptionalTensor& right,
+                            const OptionalTensor& mix, at::IntArrayRef reach) {
+  return run_backward("band_energy_backward", grad, {}, {}, z, table, right, mix, reach);
+}
+
+std::tuple<Tensor, Tensor> frequency_energy(const Tensor& z, const Tensor& table, const OptionalTensor& right,
+                                            const OptionalTensor& mix, at::IntArrayRef reach, double eps) {
+  const Outputs out = run("frequency_energy", z, table, right, mix, reach, eps, true);
+  return {out.indicator, out.total};
+}
+
+Tensor frequency_energy_backward(const Tensor& grad, const Tensor& indicator, const Tensor& total, const Tensor& z,
+                                 const Tensor& table, const OptionalTensor& right, const OptionalTensor& mix,
+                                 at::IntArrayRef reach) {
+  return run_backward("frequency_energy_backward", grad, indicator, total, z, table, right, mix, reach);
+}
+
+void register_kernels(torch::Library& m) {
+  m.impl("band_energy", band_energy);
+  m.impl("band_energy_backward", band_energy_backward);
+  m.impl("frequency_energy", frequency_energy);
+  m.impl("frequency_energy_backward", frequency_energy_backward);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fera_ext, m) {
+  m.def("band_energy(Tensor z, Tensor table, Tensor? right, Tensor? mix, int[] reach) -> Tensor");
+  m.def(
+      "band_energy_backward(Tensor grad, Tensor z, Tensor table, Tensor? right, Tensor? mix, int[] reach) -> Tensor");
+  m.def(
+      "frequency_energy(Tensor z, Tensor table, Tensor? right, Tensor? mix, int[] reach, float eps)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "frequency_energy_backward(Tensor grad, Tensor indicator, Tensor total, Tensor z, Tensor table, Tensor? right,"
+      " Tensor? mix, int[] reach) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(fera_ext, CPU, m) { register_kernels(m); }
+#if defined(FERA_TORCH_CUDA)
+TORCH_LIBRARY_IMPL(fera_ext, CUDA, m) { register_kernels(m); }
+#endif
+
+}  // namespace fera::torch_binding

@@ -1,0 +1,18 @@
+// The extension module: importing it registers torch.ops.fera_ext.*, and it says how it was built.
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#include "fera/fera.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fera_ext's torch operators; importing it registers torch.ops.fera_ext";
+  m.attr("core_version") = fera_version();
+  m.attr("core_cuda") = fera_has_cuda() != 0;
+  m.attr("core_cuda_targets") = fera_cuda_targets();
+  m.attr("torch_version") = TORCH_VERSION;
+#if defined(FERA_TORCH_CUDA)
+  m.attr("torch_cuda") = true;
+#else
+  m.attr("torch_cuda") = false;
+#endif
+}

@@ -1,0 +1,169 @@
+// From torch tensors to the C ABI: views, workspace, stream, threads, errors. Header of the bindings only.
+#pragma once
+
+// Single-operator headers: the umbrella headers cost a minute of compile time a file.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "fera/fera.h"
+
+#if defined(FERA_TORCH_CUDA)
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace fera::torch_binding {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+#define FERA_REQUIRE(op, condition, argument, rule, ...) \
+  TORCH_CHECK_VALUE(condition, op, ": ", argument, " must be ", rule, ", got ", __VA_ARGS__)
+
+inline fera_dtype dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return FERA_F32;
+    case at::kHalf:
+      return FERA_F16;
+    case at::kBFloat16:
+      return FERA_BF16;
+    case at::kDouble:
+      return FERA_F64;
+    default:
+      FERA_REQUIRE(op, false, name, "float32, float16, bfloat16 or float64", t.scalar_type());
+  }
+}
+
+inline at::ScalarType compute_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::TensorOptions compute_options(const Tensor& t) { return t.options().dtype(compute_type(t)); }
+
+inline void require_same_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  FERA_REQUIRE(op, t.device() == like.device(), name, c10::str("on ", like.device()), t.device());
+}
+
+inline void parallel_for(void*, int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* data) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(data, begin, end); });
+}
+
+// Runs one entry point of the core on the device of `like`, with a workspace from torch's allocator.
+template <class Args>
+void call(const Tensor& like, const Args& args, size_t (*workspace)(const Args*, fera_device),
+          fera_status (*cpu)(const Args*, const fera_context*), fera_status (*cuda)(const Args*, const fera_context*)) {
+  const bool on_cuda = like.is_cuda();
+  fera_context context{};
+  const size_t bytes = workspace(&args, on_cuda ? FERA_CUDA : FERA_CPU);
+  // 256 bytes more than asked, so that the start can be aligned whatever the allocator gives.
+  const Tensor scratch = at::empty({bytes ? static_cast<int64_t>(bytes + 256) : 0}, like.options().dtype(at::kByte));
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(scratch.data_ptr()) + 255) / 256 * 256;
+  context.workspace = bytes ? reinterpret_cast<void*>(start) : nullptr;
+  context.workspace_bytes = bytes;
+  fera_status status;
+  if (on_cuda) {
+#if defined(FERA_TORCH_CUDA)
+    context.stream = c10::cuda::getCurrentCUDAStream(like.get_device()).stream();
+#endif
+    status = cuda(&args, &context);
+  } else {
+    context.parallel = parallel_for;
+    status = cpu(&args, &context);
+  }
+  if (status == FERA_INVALID) TORCH_CHECK_VALUE(false, fera_last_error());
+  TORCH_CHECK(status == FERA_OK, fera_last_error());
+}
+
+#define FERA_CALL(like, op, args) call(like, args, fera_##op##_workspace, fera_##op##_cpu, fera_##op##_cuda)
+
+// Makes a tensor's device current for the scope (a no-op on the CPU).
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& t) {
+#if defined(FERA_TORCH_CUDA)
+    if (t.is_cuda()) guard_.emplace(t.device());
+#else
+    (void)t;
+#endif
+  }
+
+ private:
+#if defined(FERA_TORCH_CUDA)
+  std::optional<c10::cuda::CUDAGuard> guard_;
+#endif
+};
+
+// z (N, ..., H, W) with its middle axes merged; copied only where their strides do not merge.
+class Latent {
+ public:
+  Latent(const char* op, const char* name, const Tensor& z) : tensor(z) {
+    FERA_REQUIRE(op, z.dim() >= 3, name, "(N, ..., H, W)", z.sizes());
+    const fera_dtype dtype = dtype_of(op, name, z);
+    for (int64_t i = 1; i + 3 < z.dim(); ++i)
+      if (z.stride(i) != z.stride(i + 1) * z.size(i + 1)) {
+        tensor = z.contiguous();
+        break;
+      }
+    const int64_t dims = z.dim();
+    int64_t planes = 1;
+    for (int64_t i = 1; i + 2 < dims; ++i) planes *= z.size(i);
+    view = {tensor.data_ptr(),
+            dtype,
+            z.size(0),
+            planes,
+            z.size(dims - 2),
+            z.size(dims - 1),
+            tensor.stride(0),
+            dims > 3 ? tensor.stride(dims - 3) : 0,
+            tensor.stride(dims - 2),
+            tensor.stride(dims - 1)};
+  }
+
+  Tensor tensor;
+  fera_latent view;
+};
+
+// Filters in z's compute dtype, kept alive beside the struct that points into them.
+class Filters {
+ public:
+  Filters(const char* op, const Tensor& z, const Tensor& table, const OptionalTensor& right, const OptionalTensor& mix,
+          at::IntArrayRef reach) {
+    const int64_t h = z.size(-2), w = z.size(-1);
+    table_ = prepare(op, "table", table, z);
+    view.bands = static_cast<int32_t>(table_.size(0));
+    if (right.has_value()) {
+      FERA_REQUIRE(op, mix.has_value(), "mix", "given with right", "None");
+      right_ = prepare(op, "right", *right, z);
+      mix_ = prepare(op, "mix", *mix, z);
+      const int64_t blurs = table_.size(0);
+      FERA_REQUIRE(op, (table_.sizes() == at::IntArrayRef{blurs, h, h}), "table", c10::str("(J, ", h, ", ", h, ")"),
+                   table_.sizes());
+      FERA_REQUIRE(op, (right_.sizes() == at::IntArrayRef{blurs, w, w}), "right",
+                   c10::str("(", blurs, ", ", w, ", ", w, ")"), right_.sizes());
+      FERA_REQUIRE(op, mix_.dim() == 2 && mix_.size(1) == blurs, "mix", c10::str("(K, ", blurs, ")"), mix_.sizes());
+      FERA_REQUIRE(op, static_cast<int64_t>(reach.size()) == blurs && blurs <= FERA_MAX_BANDS, "reach",
+                   c10::str("one number for each of at most 16 blurs"), reach.size());
+      view.bands = static_cast<int32_t>(mix_.size(0));
+      view.blurs = static_cast<int32_t>(blurs);
+      for (int64_t j = 0; j < blurs; ++j) view.reach[j] = static_cast<int32_t>(reach[j]);
+      view.right = right_.data_ptr();
+      view.mix = mix_.data_ptr();
+    } else {
+      FERA_REQUIRE(op, table_.dim() == 3 && table_.size(1) == h && table_.size(2) == w / 2 + 1, "table",
+                   c10::str("(K, ", h, ", ", w / 2 + 1, ")"), table_.sizes());
+    }
+    view.table = table_.data_ptr();
+  }
+
+  fera_filters view{};
+
+ private:
+  static Tensor prepare(const char* op, const char* name, const Tensor& t, const Tensor& z) {
+    require_same_device(op, name, t, z);
+    return t.to(compute_type(z)).contiguous();
+  }
+  Tensor table_, right_, mix_;
+};
+
+}  // namespace fera::torch_binding

@@ -1,0 +1,219 @@
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
+
+#include "call.h"
+
+namespace fera::torch_binding {
+namespace {
+
+// (N, ..., width) as T rows; copied only where the leading axes' strides do not merge.
+class Rows {
+ public:
+  Rows(const char* op, const char* name, const Tensor& t, int64_t width) : tensor(t) {
+    FERA_REQUIRE(op, t.dim() >= 2 && t.size(-1) == width, name, c10::str("(N, ..., ", width, ")"), t.sizes());
+    const fera_dtype dtype = dtype_of(op, name, t);
+    const int64_t last = t.dim() - 1;
+    bool merges = t.stride(last) == 1 || width == 1;
+    for (int64_t i = 0; i + 1 < last; ++i) merges = merges && t.stride(i) == t.stride(i + 1) * t.size(i + 1);
+    if (!merges) tensor = t.contiguous();
+    view = {tensor.data_ptr(), dtype, tensor.stride(last - 1)};
+  }
+
+  Tensor tensor;
+  fera_rows view;
+};
+
+// The adapter's operands, checked against x, kept alive beside the struct that points into them.
+class Experts {
+ public:
+  Experts(const char* op, const Tensor& x, int64_t out, const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate,
+          double scale) {
+    FERA_REQUIRE(op, x.dim() >= 2, "x", "(N, ..., in)", x.sizes());
+    const int64_t in = x.size(-1), rows = x.size(0);
+    FERA_REQUIRE(op, lora_a.dim() == 3 && lora_a.size(2) == in, "lora_a", c10::str("(E, r, ", in, ")"), lora_a.sizes());
+    const int64_t experts = lora_a.size(0), rank = lora_a.size(1);
+    FERA_REQUIRE(op, (lora_b.sizes() == at::IntArrayRef{out, experts, rank}), "lora_b",
+                 c10::str("(", out, ", ", experts, ", ", rank, ")"), lora_b.sizes());
+    FERA_REQUIRE(op, gate.dim() == 2 && gate.size(1) == experts, "gate", c10::str("(G, ", experts, ")"), gate.sizes());
+    dtype_of(op, "gate", gate);
+    const int64_t groups = gate.size(0);
+    FERA_REQUIRE(op, groups > 0 ? rows % groups == 0 : rows == 0, "gate rows", c10::str("a divisor of x's ", rows),
+                 groups);
+    require_same_device(op, "lora_a", lora_a, x);
+    require_same_device(op, "lora_b", lora_b, x);
+    require_same_device(op, "gate", gate, x);
+    a = lora_a.contiguous();
+    b = lora_b.contiguous();
+    g = gate.to(compute_type(x)).contiguous();
+    const int64_t tokens = in > 0 ? x.numel() / in : 0;
+    view = {tokens,
+            in,
+            out,
+            static_cast<int32_t>(experts),
+            static_cast<int32_t>(rank),
+            tokens > 0 ? tokens / groups : 1,
+            a.data_ptr(),
+            dtype_of(op, "lora_a", a),
+            b.data_ptr(),
+            dtype_of(op, "lora_b", b),
+            g.data_ptr(),
+            scale};
+  }
+
+  int64_t stacked() const { return int64_t{view.experts} * view.rank; }
+
+  Tensor a, b, g;
+  fera_experts view;
+};
+
+std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
+  std::vector<int64_t> sizes = t.sizes().vec();
+  sizes.back() = last;
+  return sizes;
+}
+
+// Adds the experts' part to `base`, into `y` (which may be `base`).
+std::tuple<Tensor, Tensor> update(const char* op, const Tensor& base, const Tensor& y, const Tensor& x,
+                                  const Experts& experts) {
+  const int64_t out = experts.view.out;
+  const Tensor h = at::empty(with_last(x, experts.stacked()), x.options());
+  const Rows x_rows(op, "x", x, experts.view.in), base_rows(op, "base_out", base, out), y_rows(op, "y", y, out);
+  const fera_expert_update_args args{experts.view, x_rows.view, base_rows.view, y_rows.view, h.data_ptr()};
+  FERA_CALL(x, expert_update, args);
+  return {y, h};
+}
+
+std::tuple<Tensor, Tensor> expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                         const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate,
+                                         double scale) {
+  const char* op = "expert_linear";
+  const DeviceScope scope(x);
+  dtype_of(op, "x", x);
+  FERA_REQUIRE(op, x.dim() >= 2, "x", "(N, ..., in)", x.sizes());
+  FERA_REQUIRE(op, weight.dim() == 2 && weight.size(1) == x.size(-1), "weight", c10::str("(out, ", x.size(-1), ")"),
+               weight.sizes());
+  FERA_REQUIRE(op, weight.scalar_type() == x.scalar_type(), "weight", c10::str("of x's dtype ", x.scalar_type()),
+               weight.scalar_type());
+  require_same_device(op, "weight", weight, x);
+  if (bias.has_value()) {
+    FERA_REQUIRE(op, bias->dim() == 1 && bias->size(0) == weight.size(0), "bias", c10::str("(", weight.size(0), ")"),
+                 bias->sizes());
+    FERA_REQUIRE(op, bias->scalar_type() == x.scalar_type(), "bias", c10::str("of x's dtype ", x.scalar_type()),
+                 bias->scalar_type());
+  }
+  const Experts experts(op, x, weight.size(0), lora_a, lora_b, gate, scale);
+  const Tensor y = at::linear(x, weight, bias).contiguous();
+  return update(op, y, y, x, experts);
+}
+
+std::tuple<Tensor, Tensor> expert_update(const Tensor& base_out, const Tensor& x, const Tensor& lora_a,
+                                         const Tensor& lora_b, const Tensor& gate, double scale) {
+  const char* op = "expert_update";
+  const DeviceScope scope(x);
+  dtype_of(op, "x", x);
+  FERA_REQUIRE(op, x.dim() >= 2 && base_out.dim() == x.dim() && base_out.sizes().slice(0, x.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
+               "base_out", c10::str("(N, ..., out) with the leading sizes of x ", x.sizes()), base_out.sizes());
+  FERA_REQUIRE(op, base_out.scalar_type() == x.scalar_type(), "base_out", c10::str("of x's dtype ", x.scalar_type()),
+               base_out.scalar_type());
+  require_same_device(op, "base_out", base_out, x);
+  const Experts experts(op, x, base_out.size(-1), lora_a, lora_b, gate, scale);
+  return update(op, base_out, at::empty(base_out.sizes(), base_out.options()), x, experts);
+}
+
+// wanted: (x, lora_a, lora_b, gate); gradients that are not wanted come back empty. With a weight, dx holds
+// the frozen linear's part too.
+std::tuple<Tensor, Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& h,
+                                                                  const OptionalTensor& weight, const Tensor& lora_a,
+                                                                  const Tensor& lora_b, const Tensor& gate,
+                                                                  double scale, std::array<bool, 4> wanted) {
+  const char* op = "expert_linear_backward";
+  const DeviceScope scope(x);
+  FERA_REQUIRE(op, dy.scalar_type() == x.scalar_type(), "dy", c10::str("of x's dtype ", x.scalar_type()),
+               dy.scalar_type());
+  const Experts experts(op, x, dy.size(-1), lora_a, lora_b, gate, scale);
+  const Rows x_rows(op, "x", x, experts.view.in), dy_rows(op, "dy", dy, experts.view.out);
+  const Tensor h_rows = h.contiguous();
+  FERA_REQUIRE(op, h.scalar_type() == x.scalar_type() && h.sizes() == at::IntArrayRef(with_last(x, experts.stacked())),
+               "h", "what forward returned", h.sizes());
+  auto like = [](bool yes, const Tensor& t) { return yes ? at::empty(t.sizes(), t.options()) : at::empty({0}, t.options()); };
+  Tensor dx;
+  if (wanted[0] && weight.has_value())
+    dx = at::matmul(dy, *weight).contiguous();
+  else
+    dx = like(wanted[0], x);
+  const Tensor da = like(wanted[1], experts.a), db = like(wanted[2], experts.b), dg = like(wanted[3], experts.g);
+  auto data = [](bool yes, const Tensor& t) { return yes ? t.data_ptr() : nullptr; };
+  const fera_expert_update_backward_args args{experts.view,
+                                              dy_rows.view,
+                                              x_rows.view,
+                                              h_rows.data_ptr(),
+                                              {data(wanted[0], dx), x_rows.view.dtype, experts.view.in},
+                                              wanted[0] && weight.has_value() ? 1 : 0,
+                                              data(wanted[1], da),
+                                              data(wanted[2], db),
+                                              data(wanted[3], dg)};
+  FERA_CALL(x, expert_update_backward, args);
+  return {dx, da, db, dg.to(gate.scalar_type())};
+}
+
+void register_kernels(torch::Library& m) {
+  m.impl("expert_linear", expert_linear);
+  m.impl("expert_update", expert_update);
+  m.impl("expert_linear_backward", expert_linear_backward);
+}
+
+// Autocast: the base product's operands go to the autocast dtype; A and B are rounded by the kernels, the gate
+// stays float32.
+template <c10::DeviceType Device, c10::DispatchKey Key>
+std::tuple<Tensor, Tensor> expert_linear_autocast(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                  const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate,
+                                                  double scale) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(Key);
+  const at::ScalarType type = at::autocast::get_autocast_dtype(Device);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fera_ext::expert_linear", "")
+                             .typed<decltype(expert_linear)>();
+  return op.call(at::autocast::cached_cast(type, x, Device), at::autocast::cached_cast(type, weight, Device),
+                 at::autocast::cached_cast(type, bias, Device), lora_a, lora_b, gate, scale);
+}
+
+template <c10::DeviceType Device, c10::DispatchKey Key>
+std::tuple<Tensor, Tensor> expert_update_autocast(const Tensor& base_out, const Tensor& x, const Tensor& lora_a,
+                                                  const Tensor& lora_b, const Tensor& gate, double scale) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(Key);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fera_ext::expert_update", "")
+                             .typed<decltype(expert_update)>();
+  // The base layer has chosen its output's dtype already; x follows it.
+  return op.call(base_out, x.to(base_out.scalar_type()), lora_a, lora_b, gate, scale);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fera_ext, m) {
+  m.def(
+      "expert_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor gate, float scale)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "expert_update(Tensor base_out, Tensor x, Tensor lora_a, Tensor lora_b, Tensor gate, float scale)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "expert_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor? weight, Tensor lora_a, Tensor lora_b,"
+      " Tensor gate, float scale, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(fera_ext, CPU, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(fera_ext, AutocastCPU, m) {
+  m.impl("expert_linear", expert_linear_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+  m.impl("expert_update", expert_update_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+}
+#if defined(FERA_TORCH_CUDA)
+TORCH_LIBRARY_IMPL(fera_ext, CUDA, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(fera_ext, AutocastCUDA, m) {
+  m.impl("expert_linear", expert_linear_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+  m.impl("expert_update", expert_update_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+}
+#endif
+
+}  // namespace fera::torch_binding

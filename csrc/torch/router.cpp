@@ -1,0 +1,137 @@
+#include "call.h"
+
+namespace fera::torch_binding {
+namespace {
+
+// The router's weights in the compute dtype, kept alive beside the struct that points into them.
+class Router {
+ public:
+  Router(const char* op, const Tensor& like, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+         double tau) {
+    FERA_REQUIRE(op, w1.dim() == 2, "w1", "(hidden, K)", w1.sizes());
+    const int64_t hidden = w1.size(0);
+    FERA_REQUIRE(op, w2.dim() == 2 && w2.size(1) == hidden, "w2", c10::str("(E, ", hidden, ")"), w2.sizes());
+    FERA_REQUIRE(op, b1.dim() == 1 && b1.size(0) == hidden, "b1", c10::str("(", hidden, ")"), b1.sizes());
+    FERA_REQUIRE(op, b2.dim() == 1 && b2.size(0) == w2.size(0), "b2", c10::str("(", w2.size(0), ")"), b2.sizes());
+    const at::ScalarType type = compute_type(like);
+    const Tensor* given[] = {&w1, &b1, &w2, &b2};
+    const char* names[] = {"w1", "b1", "w2", "b2"};
+    for (int i = 0; i < 4; ++i) {
+      dtype_of(op, names[i], *given[i]);
+      require_same_device(op, names[i], *given[i], like);
+      weights[i] = given[i]->to(type).contiguous();
+    }
+    view = {type == at::kDouble ? FERA_F64 : FERA_F32,
+            static_cast<int32_t>(w1.size(1)),
+            static_cast<int32_t>(hidden),
+            static_cast<int32_t>(w2.size(0)),
+            weights[0].data_ptr(),
+            weights[1].data_ptr(),
+            weights[2].data_ptr(),
+            weights[3].data_ptr(),
+            tau};
+  }
+
+  Tensor weights[4];
+  fera_router view;
+};
+
+void require_energy(const char* op, const Tensor& energy, const Tensor& w1) {
+  dtype_of(op, "energy", energy);
+  FERA_REQUIRE(op, energy.dim() == 2 && w1.dim() == 2 && energy.size(1) == w1.size(1), "energy",
+               c10::str("(N, K) with K the columns of w1 ", w1.sizes()), energy.sizes());
+}
+
+Tensor router_softmax(const Tensor& energy, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                      double tau) {
+  const char* op = "router_softmax";
+  const DeviceScope scope(energy);
+  require_energy(op, energy, w1);
+  const Router router(op, energy, w1, b1, w2, b2, tau);
+  const Tensor e = energy.to(compute_type(energy)).contiguous();
+  const Tensor gate = at::empty({e.size(0), router.view.experts}, e.options());
+  const fera_router_softmax_args args{router.view, e.size(0), e.data_ptr(), gate.data_ptr()};
+  FERA_CALL(e, router_softmax, args);
+  return gate;
+}
+
+// wanted: (energy, weights); gradients that are not wanted come back empty. Each has its own tensor's dtype.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> router_softmax_backward(const Tensor& grad, const Tensor& gate,
+                                                                           const Tensor& energy, const Tensor& w1,
+                                                                           const Tensor& b1, const Tensor& w2,
+                                                                           const Tensor& b2, double tau,
+                                                                           std::array<bool, 2> wanted) {
+  const char* op = "router_softmax_backward";
+  const DeviceScope scope(energy);
+  require_energy(op, energy, w1);
+  const Router router(op, energy, w1, b1, w2, b2, tau);
+  const Tensor e = energy.to(compute_type(energy)).contiguous();
+  const std::array<int64_t, 2> sizes{e.size(0), router.view.experts};
+  const at::IntArrayRef shape(sizes);
+  FERA_REQUIRE(op, grad.sizes() == shape, "grad", shape, grad.sizes());
+  FERA_REQUIRE(op, gate.sizes() == shape, "gate", shape, gate.sizes());
+  const Tensor g = gate.to(e.scalar_type()).contiguous(), dg = grad.to(e.scalar_type()).contiguous();
+  const Tensor de = at::empty({wanted[0] ? e.size(0) : 0, e.size(1)}, e.options());
+  Tensor dw[4];
+  for (int i = 0; i < 4; ++i)
+    dw[i] = wanted[1] ? at::empty_like(router.weights[i]) : at::empty({0}, router.weights[i].options());
+  auto data = [](bool yes, const Tensor& t) { return yes ? t.data_ptr() : nullptr; };
+  const fera_router_softmax_backward_args args{router.view,
+                                               e.size(0),
+                                               e.data_ptr(),
+                                               g.data_ptr(),
+                                               dg.data_ptr(),
+                                               data(wanted[0], de),
+                                               data(wanted[1], dw[0]),
+                                               data(wanted[1], dw[1]),
+                                               data(wanted[1], dw[2]),
+                                               data(wanted[1], dw[3])};
+  FERA_CALL(e, router_softmax_backward, args);
+  return {de.to(energy.scalar_type()), dw[0].to(w1.scalar_type()), dw[1].to(b1.scalar_type()),
+          dw[2].to(w2.scalar_type()), dw[3].to(b2.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> latent_gate(const Tensor& z, const Tensor& table, const OptionalTensor& right,
+                                               const OptionalTensor& mix, at::IntArrayRef reach, const Tensor& w1,
+                                               const Tensor& b1, const Tensor& w2, const Tensor& b2, double tau,
+                                               double eps) {
+  const char* op = "latent_gate";
+  const DeviceScope scope(z);
+  const Latent latent(op, "z", z);
+  const Filters filters(op, z, table, right, mix, reach);
+  const Router router(op, z, w1, b1, w2, b2, tau);
+  const Tensor energy = at::empty({z.size(0), filters.view.bands}, compute_options(z));
+  const Tensor total = at::empty({z.size(0)}, z.options().dtype(at::kDouble));
+  const Tensor gate = at::empty({z.size(0), router.view.experts}, compute_options(z));
+  const fera_latent_gate_args args{
+      {latent.view, filters.view, eps, nullptr, energy.data_ptr(), total.data_ptr<double>()},
+      router.view,
+      gate.data_ptr()};
+  FERA_CALL(z, latent_gate, args);
+  return {gate, energy, total};
+}
+
+void register_kernels(torch::Library& m) {
+  m.impl("router_softmax", router_softmax);
+  m.impl("router_softmax_backward", router_softmax_backward);
+  m.impl("latent_gate", latent_gate);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fera_ext, m) {
+  m.def("router_softmax(Tensor energy, Tensor w1, Tensor b1, Tensor w2, Tensor b2, float tau) -> Tensor");
+  m.def(
+      "router_softmax_backward(Tensor grad, Tensor gate, Tensor energy, Tensor w1, Tensor b1, Tensor w2, Tensor b2,"
+      " float tau, bool[2] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "latent_gate(Tensor z, Tensor table, Tensor? right, Tensor? mix, int[] reach, Tensor w1, Tensor b1, Tensor w2,"
+      " Tensor b2, float tau, float eps) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(fera_ext, CPU, m) { register_kernels(m); }
+#if defined(FERA_TORCH_CUDA)
+TORCH_LIBRARY_IMPL(fera_ext, CUDA, m) { register_kernels(m); }
+#endif
+
+}  // namespace fera::torch_binding

@@ -1,0 +1,99 @@
+"""Gradient checkpointing of diffusers models: every checkpointed block takes its gate as an argument.
+
+diffusers' modules call ``self._gradient_checkpointing_func(block, *args)``. The function is replaced by
+:class:`BoundCheckpoint`, which passes the gate along as a tensor argument and binds it around the block. The
+recomputation then sees the gate of its own forward, whatever ran since, and reentrant checkpointing returns
+the gate's gradient to the router's graph like any input's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fera_ext.nn import FeraLinear, GateState
+
+
+class Segment:
+    """A checkpointed block with the gate as its first argument.
+
+    Args:
+        function: the block.
+        state: the model's gate state.
+        enabled: whether the experts act in this forward.
+    """
+
+    def __init__(self, function: Callable[..., Any], state: GateState, enabled: bool) -> None:
+        self.function = function
+        self.state = state
+        self.enabled = enabled
+
+    def __call__(self, gate: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        state = self.state
+        before = state.gate, state.enabled
+        state.gate, state.enabled = gate, self.enabled
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            state.gate, state.enabled = before
+
+
+class BoundCheckpoint:
+    """A ``_gradient_checkpointing_func`` that binds the gate; ``inner`` is the one it stands for."""
+
+    def __init__(self, inner: Callable[..., Any], state: GateState) -> None:
+        self.inner = inner
+        self.state = state
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # The compiler traces the block with the gate as a captured input, which is the same thing.
+        if torch.compiler.is_compiling() or not self._adapted(function):
+            return self.inner(function, *args, **kwargs)
+        state = self.state
+        gate = state.gate if state.enabled else None
+        if gate is not None and not gate.requires_grad and torch.is_grad_enabled():
+            # Reentrant checkpointing gives no gradients at all to a block none of whose inputs asks.
+            gate = gate.detach().requires_grad_()
+        return self.inner(Segment(function, state, state.enabled), gate, *args, **kwargs)
+
+    def _adapted(self, function: Callable[..., Any]) -> bool:
+        """Whether ``function`` holds adapted layers; a callable that is no module might.
+
+        A frozen block must not get the gate: reentrant checkpointing would differentiate it, and raise
+        because nothing in it has a gradient.
+        """
+        if not isinstance(function, nn.Module):
+            return True
+        known = self.state.adapted.get(function)
+        if known is None:
+            known = any(isinstance(m, FeraLinear) for m in function.modules())
+            self.state.adapted[function] = known
+        return known
+
+
+def checkpointing_modules(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules of a diffusers model that may checkpoint their blocks."""
+    return tuple(m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
+
+
+def bind(modules: tuple[nn.Module, ...], state: GateState) -> None:
+    """Wrap the checkpointing function of every module that has checkpointing on.
+
+    Called before each forward, so that it may be switched on or replaced at any time.
+    """
+    for module in modules:
+        if module.gradient_checkpointing:
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if function is not None and not isinstance(function, BoundCheckpoint):
+                setattr(module, "_gradient_checkpointing_func", BoundCheckpoint(function, state))
+
+
+def unbind(modules: tuple[nn.Module, ...]) -> None:
+    """Undo :func:`bind`."""
+    for module in modules:
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, BoundCheckpoint):
+            setattr(module, "_gradient_checkpointing_func", function.inner)

@@ -1,0 +1,108 @@
+"""The hooks on the denoiser: each forward computes its gate from its own input latent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fera_ext.adapter import checkpointing
+from fera_ext.architectures import Extract, LatentSize, check_latent
+from fera_ext.bands import Bands
+from fera_ext.nn import GateState, SoftFrequencyRouter
+from fera_ext.nn.state import Replay
+
+
+class Routing:
+    """Before the forward: latent to gate. After it: the gate is unbound and its backward pass prepared.
+
+    Args:
+        model: the denoiser.
+        router: the model's router.
+        bands: the definition of the frequency bands.
+        extract: finds the latent in a call's arguments.
+        state: the gate state shared with the adapted layers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        router: SoftFrequencyRouter,
+        bands: Bands,
+        extract: Extract,
+        state: GateState,
+    ) -> None:
+        self.router = router
+        self.bands = bands
+        self.extract = extract
+        self.state = state
+        self.size = LatentSize()
+        self.checkpointing = checkpointing.checkpointing_modules(model)
+        self._outer: Tensor | None = None
+        self._latent: Tensor | None = None
+        self._handles = [
+            model.register_forward_pre_hook(self.before, with_kwargs=True),
+            model.register_forward_hook(self.after),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the model and its checkpointing functions."""
+        for handle in self._handles:
+            handle.remove()
+        checkpointing.unbind(self.checkpointing)
+        self.state.reset()
+
+    def evaluate(self, latent: Tensor) -> Tensor:
+        """Latent (N, ..., H, W) to the gate (N, E)."""
+        return self.router.from_latent(latent, self.bands)
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Forward pre-hook.
+
+        Raises:
+            ValueError: the latent is not where the architecture has it.
+        """
+        state = self.state
+        if not torch.compiler.is_compiling():
+            # Inside a backward pass the whole denoiser is being recomputed: give back what was bound.
+            if torch._C._current_graph_task_id() == -1:
+                state.reset()
+            self._outer = state.gate
+            checkpointing.bind(self.checkpointing, state)
+        if not state.enabled:
+            return
+        latent = check_latent(self.extract(args, kwargs, self.size), model)
+        state.gate = state.last = self.evaluate(latent)
+        self._latent = latent
+
+    def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook."""
+        state, latent = self.state, self._latent
+        gate = state.gate if state.enabled else None
+        state.gate, self._latent = None, None
+        if torch.compiler.is_compiling():
+            return
+        state.gate, self._outer = self._outer, None
+        if torch.is_grad_enabled():
+            replay = Replay(state, gate, latent if state.enabled else None, self.evaluate)
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(replay)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in a forward's output: a tensor, or containers and dataclasses of them."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)
+    elif is_dataclass(output) and not isinstance(output, type):
+        for item in fields(output):
+            yield from _tensors(getattr(output, item.name))

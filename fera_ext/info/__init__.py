@@ -1,0 +1,1 @@
+"""`fera-ext info`: is it fast here, and if not, why?"""

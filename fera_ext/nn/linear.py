@@ -1,0 +1,179 @@
+"""The adapted linear layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fera_ext import ops
+
+
+class GateSource(Protocol):
+    """What an adapted layer reads: the gate (G, E) and whether the experts act."""
+
+    gate: Tensor | None
+    enabled: bool
+
+
+class FeraLinear(nn.Module):
+    """y = base(x) + sum_m gate[b, m] * s * B_m (A_m x), s = alpha / rank (paper, experts).
+
+    Parameters ``lora_A`` (E, r, in), Kaiming-uniform with a = sqrt(5), and ``lora_B`` (out, E, r), zero, so
+    that a new layer changes nothing. The wrapped layer is ``base``; its parameters are left as they are.
+
+    A plain linear runs as one operator with its own product. Any other base layer with ``in_features`` and
+    ``out_features`` (quantised, sharded, hooked) is called, and the experts' update is added to its output.
+
+    Args:
+        base: the layer to adapt.
+        rank: r.
+        num_experts: E.
+        alpha: numerator of the scale.
+        dropout: dropout on the experts' input while training, in [0, 1).
+        source: where the gate comes from; one object shared by all layers of a model.
+        dtype: of the parameters; float32 masters by default, whatever the base layer's dtype.
+        device: of the parameters; by default the base layer's.
+
+    Raises:
+        ValueError: a base layer without ``in_features`` and ``out_features``, or on the meta device.
+    """
+
+    expert_parameters = ("lora_A", "lora_B")
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        num_experts: int,
+        alpha: float,
+        dropout: float,
+        source: GateSource,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        reason = unsupported(base)
+        if reason:
+            raise ValueError(f"FeraLinear: base must be {reason}, got {type(base).__name__}")
+        self.base = base
+        self.source = source
+        self.scale = alpha / rank
+        self.dropout = float(dropout)
+        shapes = self.expert_shapes(self.in_features, self.out_features, rank, num_experts)
+        device = device or _device(base)
+        for name in self.expert_parameters:
+            empty = torch.empty(shapes[name], dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(empty))
+        self.reset_parameters()
+        self.train(base.training)
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    @staticmethod
+    def expert_shapes(
+        in_features: int, out_features: int, rank: int, num_experts: int
+    ) -> dict[str, tuple[int, ...]]:
+        """The shape of every expert parameter, by name."""
+        return {
+            "lora_A": (num_experts, rank, in_features),
+            "lora_B": (out_features, num_experts, rank),
+        }
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input, the base layer's."""
+        return int(self.base.in_features)  # type: ignore[arg-type]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output, the base layer's."""
+        return int(self.base.out_features)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight: models ask their linears for its dtype and device."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base.bias  # type: ignore[return-value]
+
+    def reset_parameters(self) -> None:
+        """A Kaiming-uniform with a = sqrt(5), each expert as its own linear; B zero."""
+        with torch.no_grad():
+            for expert in self.lora_A:
+                nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
+            self.lora_B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, ..., in) to (N, ..., out); N is a multiple of the gate's G, row n uses gate n*G//N.
+
+        Raises:
+            RuntimeError: no gate is bound, because the denoiser's own forward is not running.
+        """
+        source, base = self.source, self.base
+        if not source.enabled:
+            return base(x)
+        gate = source.gate
+        if gate is None:
+            raise RuntimeError(
+                "FeraLinear: gate must be computed by a call of the denoiser this layer belongs to, got a "
+                "call of the layer outside of one (or recomputed by a backward pass that does not start "
+                "at the denoiser's output)"
+            )
+        if gate.device != x.device:
+            gate = gate.to(x.device)
+        dropped = self.training and self.dropout > 0
+        if _plain(base) and not dropped:
+            return ops.expert_linear(
+                x, base.weight, base.bias, self.lora_A, self.lora_B, gate, self.scale
+            )
+        out = base(x)
+        # A base layer that computes in another dtype (autocast, quantised) decides the update's dtype.
+        x = x.to(out.dtype)
+        if dropped:
+            x = F.dropout(x, self.dropout)
+        return ops.expert_update(out, x, self.lora_A, self.lora_B, gate, self.scale)
+
+    def extra_repr(self) -> str:
+        experts, rank, _ = self.lora_A.shape
+        return f"num_experts={experts}, rank={rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def unsupported(base: nn.Module) -> str | None:
+    """The rule that ``base`` breaks, or None where it can be adapted."""
+    if isinstance(base, FeraLinear):
+        return "a layer without experts"
+    if not (isinstance(getattr(base, "in_features", None), int)
+            and isinstance(getattr(base, "out_features", None), int)):
+        return "a linear layer (with in_features and out_features)"
+    if _device(base).type == "meta":
+        return "on a real device (attach before offloading)"
+    return None
+
+
+def _plain(base: nn.Module) -> bool:
+    """Whether base(x) is exactly F.linear(x, weight, bias), with nobody listening to the call."""
+    return (
+        type(base).forward is nn.Linear.forward
+        and type(base.weight) in (nn.Parameter, Tensor)
+        and not base._forward_hooks
+        and not base._forward_pre_hooks
+        and not base._backward_hooks
+        and not base._backward_pre_hooks
+        and "forward" not in base.__dict__
+    )
+
+
+def _device(base: nn.Module) -> torch.device:
+    for tensors in (base.parameters(), base.buffers()):
+        for tensor in tensors:
+            return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,128 @@
+"""The gate that all adapted layers of a model share, and how a backward pass finds the right one.
+
+The gate of a forward lives in :class:`GateState` only while that forward runs. Gradient checkpointing runs
+parts of it again during the backward pass, when the state may long belong to another forward. Two
+mechanisms bring the right gate back:
+
+* blocks checkpointed through a diffusers model take their gate as an explicit argument
+  (:mod:`fera_ext.adapter.checkpointing`);
+* for a model that calls ``torch.utils.checkpoint`` itself, a hook on each output of the denoiser fires
+  when its backward pass begins and puts its gate back (:class:`Replay`). The engine runs the nodes of later
+  forwards first and each forward's output before its inside, so several pending forwards keep apart.
+
+A layer that finds no gate raises; it never uses the gate of another forward.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class GateState:
+    """The gate of the running forward; plain attributes, read by every adapted layer.
+
+    Attributes:
+        gate: (G, E), the gate of the running forward, None outside of one.
+        enabled: whether the experts act; False gives the base layers' own outputs.
+        last: (G, E), the gate of the last enabled forward, None before the first.
+        disabled_depth: how many :meth:`fera_ext.adapter.FeraAdapter.disabled` blocks are open.
+    """
+
+    def __init__(self) -> None:
+        self.gate: Tensor | None = None
+        self.enabled = True
+        self.last: Tensor | None = None
+        self.disabled_depth = 0
+        self.adapted: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+        self._held: dict[int, tuple[Tensor | None, bool, list[Replay]]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GateState:
+        copied = GateState()
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self) -> tuple[type[GateState], tuple[()]]:
+        return GateState, ()
+
+    def reset(self) -> None:
+        """Forget what a backward pass that raised has left behind."""
+        self._held.clear()
+        self.gate = None
+        self.enabled = self.disabled_depth == 0
+
+    def hold(self, replay: Replay) -> None:
+        """Bind ``replay``'s gate until the running backward pass ends."""
+        task = torch._C._current_graph_task_id()
+        if task not in self._held:
+            self._held[task] = (self.gate, self.enabled, [])
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._release, task))
+        replays = self._held[task][2]
+        if replay not in replays:
+            replays.append(replay)
+        self.gate, self.enabled = replay.begin(), replay.enabled
+
+    def _release(self, task: int) -> None:
+        self.gate, self.enabled, replays = self._held.pop(task)
+        for replay in replays:
+            replay.finish()
+
+
+class Replay:
+    """Puts the gate of one forward back when the backward pass reaches that forward's output.
+
+    The recomputed layers get a *relay*: a leaf with the gate's value. Non-reentrant checkpointing never
+    differentiates it. Reentrant checkpointing runs a backward pass of its own for every block, which must
+    not enter the router's graph more than once: it stops at the relay, and the relay's gradient goes into
+    the router once, at the end, through a fresh evaluation of the gate.
+
+    Args:
+        state: the model's gate state.
+        gate: (G, E), the forward's gate, None for a forward with the experts off.
+        latent: (N, ..., H, W), what the gate was computed from.
+        evaluate: latent to gate.
+    """
+
+    def __init__(
+        self,
+        state: GateState,
+        gate: Tensor | None,
+        latent: Tensor | None,
+        evaluate: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.state = state
+        self.enabled = gate is not None
+        self.gate = gate
+        self.latent = latent
+        self.version = None if latent is None or latent.is_inference() else latent._version
+        self.evaluate = evaluate
+        self.relay: Tensor | None = None
+
+    def __call__(self, grad: Tensor) -> None:
+        """As a tensor hook: the backward pass has reached the forward's output."""
+        self.state.hold(self)
+
+    def begin(self) -> Tensor | None:
+        """The relay, made at the first call of a backward pass."""
+        if self.relay is None and self.gate is not None:
+            self.relay = self.gate.detach().requires_grad_(self.gate.requires_grad)
+        return self.relay
+
+    def finish(self) -> None:
+        """Send the relay's gradient, if it has one, into the router (and the latent, if it asks)."""
+        relay, self.relay = self.relay, None
+        if relay is None or relay.grad is None or self.latent is None:
+            return
+        if self.version is not None and self.latent._version != self.version:
+            raise RuntimeError(
+                "FeraAdapter: the latent must be unchanged until the backward pass under reentrant "
+                "gradient checkpointing, got one modified in place"
+            )
+        with torch.enable_grad():
+            again = self.evaluate(self.latent)
+        again.backward(relay.grad)

@@ -1,0 +1,32 @@
+"""Devices: every operator test runs on the CPU and, where there is one, on a CUDA GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def _why_no_gpu() -> str | None:
+    from fera_ext._build_info import INFO
+
+    if not INFO["operators_cuda"]:
+        return "needs a build with CUDA operators"
+    return None if torch.cuda.is_available() else "needs a CUDA GPU"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _why_no_gpu()
+    for item in items:
+        if reason and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device an operator test runs on."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,260 @@
+"""What every operator owes, over one table of samples: twins, gradients, registration, compile, capture."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import tolerances
+import torch
+from samples import LINEAR_LEAVES, MASTERS, Sample, samples
+from torch.library import opcheck
+
+from fera_ext import ops, reference
+
+ALL = samples()
+LINEARS = ("expert_linear", "expert_update")
+
+
+def _limit(sample: Sample, dtype: torch.dtype) -> float:
+    return tolerances.linear_limit(dtype) if sample.op in LINEARS else tolerances.energy_limit(dtype)
+
+
+@pytest.mark.parametrize("dtype", tolerances.DTYPES, ids=str)
+@pytest.mark.parametrize("sample", ALL, ids=str)
+def test_matches_float64(sample: Sample, dtype: torch.dtype, device: torch.device) -> None:
+    """Output and gradients against the float64 twin on the same (rounded) inputs, and against plain torch."""
+    given = sample.cast(dtype, device)
+    exact = given.cast(torch.float64, device)
+    out, grads = given.gradients(ops)
+    upstream = given.upstream(out)
+    plain_out, plain_grads = given.gradients(reference, upstream)
+    ref_out, ref_grads = exact.gradients(reference, upstream)
+    assert out.dtype == plain_out.dtype
+    for name, got, plain, ref in zip(("output", *sample.leaves), [out, *grads], [plain_out, *plain_grads], [ref_out, *ref_grads]):
+        error = tolerances.error(got, ref)
+        # An output or gradient stored in a 16-bit dtype carries that dtype's rounding.
+        limit = max(_limit(sample, dtype), tolerances.LOW.get(got.dtype, 0))
+        allowed = max(limit, tolerances.SLACK * tolerances.error(plain, ref)) if dtype == torch.float32 else limit
+        assert error <= allowed, (name, error, tolerances.error(plain, ref))
+        if got.dtype in tolerances.LOW:
+            assert error <= tolerances.SLACK * tolerances.error(plain, ref) + 1e-5, (name, "worse than plain torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sample", [s for s in ALL if set(s.leaves) & set(MASTERS)], ids=str)
+def test_float32_masters(sample: Sample, dtype: torch.dtype, device: torch.device) -> None:
+    """Adapter or router in float32, data in 16 bits: each gradient has its own tensor's dtype."""
+    given = sample.cast(dtype, device, master=torch.float32)
+    out, grads = given.gradients(ops)
+    upstream = given.upstream(out)
+    ref_out, ref_grads = given.cast(torch.float64, device).gradients(reference, upstream)
+    for name, got, ref in zip(("output", *sample.leaves), [out, *grads], [ref_out, *ref_grads]):
+        if name != "output":
+            assert got.dtype == given.arguments[name].dtype
+        assert tolerances.error(got, ref) <= (tolerances.LOW[dtype] if sample.op in LINEARS else
+                                              max(tolerances.ENERGY_F32, tolerances.LOW.get(got.dtype, 0))), name
+
+
+@pytest.mark.parametrize("sample", samples(small=True), ids=str)
+def test_gradcheck(sample: Sample, device: torch.device) -> None:
+    given = sample.cast(torch.float64, device)
+    leaves = [given.arguments[n] for n in given.leaves]
+
+    def call(*values: torch.Tensor) -> torch.Tensor:
+        given.arguments.update(zip(given.leaves, values))
+        return given.run(ops)
+
+    assert torch.autograd.gradcheck(call, leaves, eps=1e-6, atol=1e-6, rtol=1e-4)
+
+
+class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    """Keeps the arguments of every fera_ext operator call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fera_ext":
+            detached = torch.utils._pytree.tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, args)
+            self.calls.append((func, detached))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sample", samples(small=True), ids=str)
+def test_opcheck(sample: Sample, dtype: torch.dtype, device: torch.device) -> None:
+    """Schema, fake kernel, autograd registration and AOT dispatch, of the operator and of its backward."""
+    given = sample.cast(dtype, device)
+    with _Recorder() as recorder:
+        given.gradients(ops)
+    assert len(recorder.calls) >= 2, "forward and backward"
+    for func, args in recorder.calls:
+        backward = func.__name__.split(".")[0].endswith("_backward")
+        if not backward:
+            positions = [i for i, a in enumerate(func._schema.arguments) if a.name in given.leaves]
+            args = tuple(a.clone().requires_grad_() if i in positions else a for i, a in enumerate(args))
+        utils = ("test_schema", "test_faketensor") if backward else (
+            "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        opcheck(func, args, test_utils=utils, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sample", [s for s in ALL if "rings" not in s.note and "5d" not in s.note], ids=str)
+def test_compile_fullgraph(sample: Sample, device: torch.device) -> None:
+    """One graph, no break; aot_eager on the CPU keeps it quick, inductor runs on the GPU."""
+    given = sample.cast(torch.float32, device)
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    torch._dynamo.reset()
+    names = list(given.leaves)
+    fixed = {k: v for k, v in given.arguments.items() if k not in names}
+
+    def call(*values: torch.Tensor) -> torch.Tensor:
+        return getattr(ops, sample.op)(**fixed, **dict(zip(names, values))) * 2
+
+    leaves = [given.arguments[n] for n in names]
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    for _ in range(2):
+        out, plain = compiled(*leaves), call(*leaves)
+        assert tolerances.error(out, plain) <= 1e-6
+        upstream = torch.ones_like(out)
+        for a, b in zip(torch.autograd.grad(out, leaves, upstream), torch.autograd.grad(plain, leaves, upstream)):
+            assert tolerances.error(a, b) <= 1e-6
+
+
+@pytest.mark.parametrize("sample", ALL, ids=str)
+def test_same_bits_twice(sample: Sample, device: torch.device) -> None:
+    """Determinism: run after run, and on the CPU for every number of threads."""
+    given = sample.cast(torch.float32, device)
+    first = given.gradients(ops)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = given.gradients(ops)
+            if sample.op in LINEARS:  # the base product belongs to the vendor's library
+                again_parts, first_parts = again[1][1:], first[1][1:]
+            else:
+                again_parts, first_parts = [again[0], *again[1]], [first[0], *first[1]]
+            for a, b in zip(again_parts, first_parts):
+                assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("sample", ALL, ids=str)
+def test_only_what_asks(sample: Sample, device: torch.device) -> None:
+    """Each leaf alone gets the same gradient, and no other tensor gets one."""
+    given = sample.cast(torch.float32, device)
+    _, together = given.gradients(ops)
+    for name, expected in zip(sample.leaves, together):
+        alone = given.cast(torch.float32, device)
+        for other in sample.leaves:
+            alone.arguments[other].requires_grad_(other == name)
+        out = alone.run(ops)
+        upstream = alone.upstream(out)
+        (grad,) = torch.autograd.grad(out, [alone.arguments[name]], upstream)
+        assert tolerances.error(grad, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("sample", ALL, ids=str)
+def test_no_grad(sample: Sample, device: torch.device) -> None:
+    with torch.no_grad():
+        out = sample.cast(torch.float32, device).run(ops)
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize("op", LINEARS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(op: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Under autocast a float32 call computes and returns the autocast dtype, float32 gradients stay float32."""
+    sample = next(s for s in ALL if s.op == op).cast(torch.float32, device)
+    if op == "expert_update":
+        sample.arguments["base_out"] = sample.arguments["base_out"].detach().to(dtype)
+        sample.leaves = LINEAR_LEAVES
+    with torch.autocast(device.type, dtype=dtype):
+        out, grads = sample.gradients(ops)
+        energy = ops.band_energy(torch.randn(1, 2, 8, 8, device=device), _dog())
+    assert out.dtype == dtype
+    assert energy.dtype == torch.float32
+    ref, ref_grads = sample.cast(torch.float64, device).gradients(reference)
+    assert tolerances.error(out, ref) <= tolerances.LOW[dtype]
+    for name, got, exact in zip(sample.leaves, grads, ref_grads):
+        assert got.dtype == torch.float32
+        assert tolerances.error(got, exact) <= tolerances.LOW[dtype], name
+
+
+def _dog():
+    from fera_ext.bands import Bands
+
+    return Bands.dog(3)
+
+
+def test_from_many_threads(device: torch.device) -> None:
+    given = [s.cast(torch.float32, device) for s in ALL]
+    expected = [s.gradients(ops) for s in given]
+    failures: list[BaseException] = []
+
+    def work(offset: int) -> None:
+        try:
+            stream = torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else torch.no_grad()
+            if device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
+            with stream, torch.enable_grad():
+                for i in range(len(given)):
+                    sample, ref = given[(i + offset) % len(given)], expected[(i + offset) % len(given)]
+                    out, grads = sample.gradients(ops)
+                    for a, b in zip([out, *grads], [ref[0], *ref[1]]):
+                        assert tolerances.error(a, b) <= 1e-6
+        except BaseException as failure:
+            failures.append(failure)
+
+    workers = [threading.Thread(target=work, args=(5 * i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures, failures
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sample", ALL, ids=str)
+def test_graph_capture(sample: Sample) -> None:
+    """Forward and backward capture into one CUDA graph; a replay follows new inputs."""
+    given = sample.cast(torch.float32, torch.device("cuda"))
+    leaves = [given.arguments[n] for n in given.leaves]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        upstream = torch.ones_like(given.run(ops))
+        torch.autograd.grad(given.run(ops), leaves, upstream)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = given.run(ops)
+        grads = torch.autograd.grad(out, leaves, upstream)
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.mul_(0.75)
+    graph.replay()
+    got = [out.clone(), *(g.clone() for g in grads)]
+    expected = given.run(ops)
+    for a, b in zip(got, [expected, *torch.autograd.grad(expected, leaves, upstream)]):
+        assert tolerances.error(a, b) <= 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sample", ALL, ids=str)
+def test_current_stream(sample: Sample) -> None:
+    """Work goes to the current stream: results computed behind a long kernel on a side stream are right."""
+    given = sample.cast(torch.float32, torch.device("cuda"))
+    expected = given.gradients(ops)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)
+        out, grads = given.gradients(ops)
+        assert not side.query(), "the operators must not wait for the device"
+    side.synchronize()
+    for a, b in zip([out, *grads], [expected[0], *expected[1]]):
+        assert tolerances.error(a, b) <= 1e-6
