@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ def _step(model: Any, adapter: FeraAdapter, inputs: dict[str, Tensor], target: T
 
 
 def _worker(rank: int, store: str, out: str, name: str) -> None:
+    faulthandler.dump_traceback_later(40, exit=True)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     case, adapter, target = _setup(name)
@@ -77,17 +80,28 @@ def test_two_processes(tmp_path: Path, name: str) -> None:
     arguments = [str(tmp_path / "store"), str(tmp_path / "grads"), name]
     folder = str(Path(__file__).parent)
     path = os.pathsep.join(p for p in (folder, os.environ.get("PYTHONPATH")) if p)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), *arguments],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [w.communicate(timeout=200)[1] for w in workers]
-    assert [w.returncode for w in workers] == [0, 0], "\n".join(errors)
+    logs = [tmp_path / f"stderr.{rank}" for rank in range(2)]
+    workers = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as stream:
+            workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", code, str(rank), *arguments],
+                    env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                    stderr=stream,
+                )
+            )
+    try:
+        # A worker that fails leaves the other waiting for it.
+        deadline = time.monotonic() + 200
+        while any(w.poll() is None for w in workers) and not any(w.poll() for w in workers):
+            assert time.monotonic() < deadline, "the workers do not end"
+            time.sleep(0.05)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert [w.returncode for w in workers] == [0, 0], "\n".join(log.read_text() for log in logs)
     case, adapter, target = _setup(name)
     _step(case.model, adapter, case.inputs, target)
     both = [pickle.loads((tmp_path / f"grads.{rank}").read_bytes()) for rank in range(2)]

@@ -11,6 +11,7 @@ from samples import LINEAR_LEAVES, MASTERS, Sample, samples
 from torch.library import opcheck
 
 from fera_ext import ops, reference
+from fera_ext.bands import Bands
 
 ALL = samples()
 LINEARS = ("expert_linear", "expert_update")
@@ -174,7 +175,7 @@ def test_autocast(op: str, dtype: torch.dtype, device: torch.device) -> None:
         sample.leaves = LINEAR_LEAVES
     with torch.autocast(device.type, dtype=dtype):
         out, grads = sample.gradients(ops)
-        energy = ops.band_energy(torch.randn(1, 2, 8, 8, device=device), _dog())
+        energy = ops.band_energy(torch.randn(1, 2, 8, 8, device=device), Bands.dog(3))
     assert out.dtype == dtype
     assert energy.dtype == torch.float32
     ref, ref_grads = sample.cast(torch.float64, device).gradients(reference)
@@ -182,12 +183,6 @@ def test_autocast(op: str, dtype: torch.dtype, device: torch.device) -> None:
     for name, got, exact in zip(sample.leaves, grads, ref_grads):
         assert got.dtype == torch.float32
         assert tolerances.error(got, exact) <= tolerances.LOW[dtype], name
-
-
-def _dog():
-    from fera_ext.bands import Bands
-
-    return Bands.dog(3)
 
 
 def test_from_many_threads(device: torch.device) -> None:
@@ -258,3 +253,22 @@ def test_current_stream(sample: Sample) -> None:
     side.synchronize()
     for a, b in zip([out, *grads], [expected[0], *expected[1]]):
         assert tolerances.error(a, b) <= 1e-6
+
+
+def test_compile_several_definitions(device: torch.device) -> None:
+    """Several definitions and sizes in one graph, built inside and outside it; no recompilation on reuse."""
+    masks = torch.rand(2, 8, 5, generator=torch.Generator().manual_seed(3))
+    masks[:, 1:, (0, -1)] = (masks[:, 1:, (0, -1)] + masks[:, 1:, (0, -1)].flip(1)) / 2
+    custom = Bands.custom(masks)
+
+    def call(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        total = ops.band_energy(z, Bands.dog(3)).sum() + ops.band_energy(z, Bands.author(3)).sum()
+        return total + ops.band_energy(y, Bands.rings(2)).sum() + ops.band_energy(y, custom)[:, 1].sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        z = torch.randn(2, 4, 16, 12, generator=torch.Generator().manual_seed(seed)).to(device)
+        y = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).to(device)
+        with torch.compiler.set_stance("fail_on_recompile") if seed else torch.compiler.set_stance("default"):
+            assert tolerances.error(compiled(z, y), call(z, y)) <= 1e-6

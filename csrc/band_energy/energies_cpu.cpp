@@ -43,7 +43,7 @@ int64_t units_per_sample(const Source& source, const fera_filters& filters) {
 // A fixed number of pieces of scratch, by shape alone: 64, fewer where a piece is large.
 int64_t slots_for(int64_t units, size_t scratch) {
   const int64_t most = std::max<int64_t>(8, std::min<int64_t>(64, (int64_t{64} << 20) / (static_cast<int64_t>(scratch) + 1)));
-  return std::min(units, most);
+  return std::max<int64_t>(1, std::min(units, most));
 }
 
 // 8 first, but 16 = 4 4 and 32 = 8 4 rather than a pass of 2; other primes as they are.
@@ -189,7 +189,7 @@ Kernels<T> kernels_of() {
 
 int64_t grain_for(const Source& source, int64_t units, int64_t slots) {
   const int64_t work = source.whole.h * source.whole.w * source.signals * ((units + slots - 1) / slots);
-  return std::max<int64_t>(1, 2048 / work);
+  return std::max<int64_t>(1, 2048 / std::max<int64_t>(1, work));
 }
 
 struct EnergySums {

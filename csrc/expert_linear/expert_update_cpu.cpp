@@ -13,9 +13,8 @@ namespace {
 using cpu::Product;
 using cpu::ProductKernels;
 
-constexpr int64_t kDepth = 256;    // length of a product between two trips to memory
-constexpr int64_t kPastEnd = 16;   // elements a transposed product may read past the last
-constexpr int64_t kWidest = 32;    // no panel is wider
+constexpr int64_t kDepth = 256;  // length of a product between two trips to memory
+constexpr int64_t kWidest = 32;  // no panel is wider
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -80,9 +79,9 @@ Plan<T> make_plan(const fera_experts& e, fera_dtype dtype) {
   p.block = e.tokens <= 4096 ? 48 : 96;
   p.blocks = (e.tokens + p.block - 1) / p.block;
   p.slots = std::min<int64_t>(64, std::max(p.blocks, int64_t{1}));
-  // h and h gated; one chunk of tokens in the compute dtype; one panel of results.
-  p.slot_elements = 2 * p.block * p.padded + std::max(p.block, int64_t{1}) * kDepth +
-                    std::max(p.block, p.padded) * kWidest + kDepth * kWidest + kPastEnd;
+  // h, h gated and the gates; one chunk of tokens in the compute dtype; one panel of results.
+  p.slot_elements = (2 * p.block + 1) * p.padded + p.block * kDepth + std::max(p.block, p.padded) * kWidest +
+                    kDepth * kWidest;
   p.slot_elements = round_up(p.slot_elements, 64);
   p.direct = dtype == compute_dtype(dtype);
   return p;
@@ -176,13 +175,24 @@ void product_to_rows(const Plan<T>& p, const T* a, int64_t t0, int64_t tokens, c
   }
 }
 
-// to[i] = gate scale from[i]
+// (R) factors gate scale of the token's gate row, written where the row changes.
 template <class T>
-void apply_gate(const fera_experts& e, int64_t t, const T* from, T* to) {
+void update_factors(const fera_experts& e, int64_t t, int64_t first, T* factors) {
+  if (t != first && t % e.rows_per_gate != 0) return;
   const T* gate = static_cast<const T*>(e.gate) + t / e.rows_per_gate * e.experts;
-  for (int m = 0; m < e.experts; ++m) {
-    const T factor = gate[m] * static_cast<T>(e.scale);
-    for (int i = 0; i < e.rank; ++i) to[m * e.rank + i] = factor * from[m * e.rank + i];
+  for (int m = 0; m < e.experts; ++m)
+    std::fill(factors + m * e.rank, factors + (m + 1) * e.rank, gate[m] * static_cast<T>(e.scale));
+}
+
+// Row t of a (T, R) operand into tiles of tile_height columns, each (T, tile_height).
+template <class T>
+void write_tiles(const Plan<T>& p, const T* row, int64_t t, T* tiles) {
+  const int64_t height = p.kernels.tile_height;
+  for (int64_t i = 0; i < p.stacked; i += height) {
+    T* to = tiles + (i * p.e.tokens) + t * height;
+    const int64_t count = std::min(height, p.stacked - i);
+    for (int64_t j = 0; j < count; ++j) to[j] = row[i + j];
+    for (int64_t j = count; j < height; ++j) to[j] = 0;
   }
 }
 
@@ -202,39 +212,44 @@ size_t forward(const fera_expert_update_args& a, const fera_context* context) {
     T* gated = h + p.block * p.padded;
     T* chunk = gated + p.block * p.padded;
     T* result = chunk + p.block * kDepth;
+    T* factors = result + p.block * kWidest;
     rows_product(p, a.x, t0, tokens, down, h, p.padded, chunk);
     for (int64_t t = 0; t < tokens; ++t) {
       T* row = h + t * p.padded;
       p.kernels.narrow_row(row, nullptr, 0, a.h, (t0 + t) * p.stacked, p.dtype, p.stacked);
       if (!p.direct) p.kernels.widen_row(a.h, p.dtype, p.dtype, (t0 + t) * p.stacked, p.stacked, row);
-      apply_gate(a.experts, t0 + t, row, gated + t * p.padded);
+      update_factors(a.experts, t0 + t, t0, factors);
+      p.kernels.multiply_row(factors, row, p.stacked, gated + t * p.padded);
     }
     product_to_rows(p, gated, t0, tokens, up, &a.base, a.y, result);
   });
   return carver.used;
 }
 
-// Columns [n0, n0 + columns) of left^T rows: out (R, columns) = sum_t left[t][:] rows[t][n0 ...], tokens in order.
+// Columns [n0, n0 + columns) of left^T rows: out (R, columns) = sum_t left[t][:] rows[t][n0 ...], tokens in order;
+// `left` (T, R) is in tiles, a chunk of which serves all the panels of the columns; `chunk` holds a packed panel.
 template <class T>
 void columns_product(const Plan<T>& p, const T* left, const fera_rows& rows, int64_t n0, int64_t columns, T* chunk,
                      T* out, int64_t out_stride) {
-  const int64_t width = p.kernels.panel_width;
-  const bool in_place = p.direct && columns == width && p.stacked <= 12;
+  const int64_t width = p.kernels.panel_width, height = p.kernels.tile_height;
   for (int64_t t0 = 0; t0 < p.e.tokens; t0 += kDepth) {
     const int64_t depth = std::min(kDepth, p.e.tokens - t0);
-    const T* panel = static_cast<const T*>(rows.data) + t0 * rows.stride + n0;
-    int64_t step = rows.stride;
-    if (!in_place) {
-      for (int64_t t = 0; t < depth; ++t) {
-        T* to = chunk + t * width;
-        p.kernels.widen_row(rows.data, p.dtype, p.dtype, (t0 + t) * rows.stride + n0, columns, to);
-        for (int64_t j = columns; j < width; ++j) to[j] = 0;
+    for (int64_t c0 = 0; c0 < columns; c0 += width) {
+      const int64_t here = std::min(width, columns - c0);
+      const T* panel = static_cast<const T*>(rows.data) + t0 * rows.stride + n0 + c0;
+      int64_t step = rows.stride;
+      if (!p.direct || here < width || p.stacked > height) {
+        for (int64_t t = 0; t < depth; ++t) {
+          T* to = chunk + t * width;
+          p.kernels.widen_row(rows.data, p.dtype, p.dtype, (t0 + t) * rows.stride + n0 + c0, here, to);
+          for (int64_t j = here; j < width; ++j) to[j] = 0;
+        }
+        panel = chunk;
+        step = width;
       }
-      panel = chunk;
-      step = width;
+      p.kernels.transposed_product({left + t0 * height, p.e.tokens * height, p.stacked, here, depth, panel, step,
+                                    t0 == 0 ? nullptr : out + c0, out_stride, out + c0, out_stride});
     }
-    p.kernels.transposed_product({left + t0 * p.padded, p.padded, p.stacked, columns, depth, panel, step,
-                                  t0 == 0 ? nullptr : out, out_stride, out, out_stride});
   }
   if (p.e.tokens == 0)
     for (int64_t i = 0; i < p.stacked; ++i) std::fill(out + i * out_stride, out + i * out_stride + columns, T{0});
@@ -250,11 +265,12 @@ size_t backward(const fera_expert_update_backward_args& a, const fera_context* c
   Panels<T> down, up;
   if (needs_dh) down = take_panels(p, e.out, p.stacked, &carver);
   if (to_dx) up = take_panels(p, p.stacked, e.in, &carver);
-  const int64_t rows = e.tokens * p.padded + kPastEnd;
-  T* gated_dh = to_a || to_dx ? carver.take<T>(rows) : nullptr;
-  T* gated_h = to_b ? carver.take<T>(rows) : nullptr;
+  const int64_t tiled = e.tokens * (p.stacked + 16);  // no tile is higher than 16
+  T* tiled_dh = to_a ? carver.take<T>(tiled) : nullptr;
+  T* tiled_h = to_b ? carver.take<T>(tiled) : nullptr;
   T* dots = to_gate ? carver.take<T>(e.tokens * e.experts) : nullptr;  // scale h . dh by token and expert
-  const int64_t width = p.kernels.panel_width;
+  // Several panels a unit where the tiles are more than a cache line wide.
+  const int64_t width = p.kernels.panel_width * (p.stacked > p.kernels.tile_height ? 4 : 1);
   const int64_t a_panels = to_a ? (e.in + width - 1) / width : 0, b_panels = to_b ? (e.out + width - 1) / width : 0;
   const int64_t column_slots = std::min<int64_t>(64, a_panels + b_panels);
   T* scratch = carver.take<T>(std::max<int64_t>(p.slots, to_a || to_b ? 64 : 0) * p.slot_elements);
@@ -268,20 +284,21 @@ size_t backward(const fera_expert_update_backward_args& a, const fera_context* c
     T* h = dh + p.block * p.padded;
     T* chunk = h + p.block * p.padded;
     T* result = chunk + p.block * kDepth;
+    T* factors = result + p.block * kWidest;
     if (needs_dh) rows_product(p, a.dy, t0, tokens, down, dh, p.padded, chunk);
     for (int64_t t = t0; t < t0 + tokens; ++t) {
-      const T* dh_row = dh + (t - t0) * p.padded;
+      T* dh_row = dh + (t - t0) * p.padded;
+      update_factors(e, t, t0, factors);
       if (to_gate || to_b) p.kernels.widen_row(a.h, p.dtype, p.dtype, t * p.stacked, p.stacked, h);
-      for (int m = 0; to_gate && m < e.experts; ++m) {
-        T sum = 0;
-        for (int i = m * e.rank; i < (m + 1) * e.rank; ++i) sum += h[i] * dh_row[i];
-        dots[t * e.experts + m] = sum;
+      if (to_gate) p.kernels.grouped_dots(h, dh_row, e.experts, e.rank, dots + t * e.experts);
+      if (to_b) {
+        p.kernels.multiply_row(factors, h, p.stacked, h);
+        write_tiles(p, h, t, tiled_h);
       }
-      if (to_b) apply_gate(e, t, h, gated_h + t * p.padded);
-      if (gated_dh != nullptr) apply_gate(e, t, dh_row, gated_dh + t * p.padded);
+      if (to_a || to_dx) p.kernels.multiply_row(factors, dh_row, p.stacked, dh_row);
+      if (to_a) write_tiles(p, dh_row, t, tiled_dh);
     }
-    if (to_dx)
-      product_to_rows(p, gated_dh + t0 * p.padded, t0, tokens, up, a.add_to_dx ? &a.dx : nullptr, a.dx, result);
+    if (to_dx) product_to_rows(p, dh, t0, tokens, up, a.add_to_dx ? &a.dx : nullptr, a.dx, result);
   });
 
   if (to_gate)
@@ -300,7 +317,7 @@ size_t backward(const fera_expert_update_backward_args& a, const fera_context* c
     T* out = chunk + kDepth * kWidest;
     const bool is_a = unit < a_panels;
     const int64_t n0 = (is_a ? unit : unit - a_panels) * width, columns = std::min(width, (is_a ? e.in : e.out) - n0);
-    columns_product(p, is_a ? gated_dh : gated_h, is_a ? a.x : a.dy, n0, columns, chunk, out, width);
+    columns_product(p, is_a ? tiled_dh : tiled_h, is_a ? a.x : a.dy, n0, columns, chunk, out, width);
     for (int64_t i = 0; is_a && i < p.stacked; ++i)
       p.kernels.narrow_row(out + i * width, nullptr, 0, a.da, i * e.in + n0, e.a_dtype, columns);
     for (int64_t j = 0; !is_a && j < columns; ++j) {

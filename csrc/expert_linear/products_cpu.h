@@ -11,8 +11,8 @@
 namespace fera::cpu {
 
 // out (m, n) = init + a (m, k) panel (k, n) with n <= panel_width; panel rows `panel_step` apart, readable to the
-// end of their vectors. init NULL is 0. Element (i, l) of a: a[i * a_step + l], or, transposed, a[l * a_step + i],
-// readable up to 16 elements past the last.
+// end of their vectors. init NULL is 0. Element (i, l) of a: a[i * a_step + l], or, transposed, in tiles of
+// tile_height rows, a[i / tile_height * a_step + l * tile_height + i % tile_height].
 template <class T>
 struct Product {
   const T* a;
@@ -28,7 +28,7 @@ struct Product {
 
 template <class T>
 struct ProductKernels {
-  int panel_width;
+  int panel_width, tile_height;
   void (*product)(const Product<T>&);
   void (*transposed_product)(const Product<T>&);
   // to[i] = from[i] in the compute dtype, rounded to `through` on the way.
@@ -36,6 +36,10 @@ struct ProductKernels {
   // to[i] = from[i] + (add ? add[i] : 0), both in `dtype`.
   void (*narrow_row)(const T* from, const void* add, int64_t add_offset, void* to, int64_t offset, fera_dtype dtype,
                      int64_t count);
+  // to[i] = a[i] b[i]
+  void (*multiply_row)(const T* a, const T* b, int64_t count, T* to);
+  // to[m] = sum_i a[m rank + i] b[m rank + i]
+  void (*grouped_dots)(const T* a, const T* b, int groups, int rank, T* to);
 };
 
 namespace generic {

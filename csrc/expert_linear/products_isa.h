@@ -24,8 +24,8 @@ __attribute__((noinline)) void tile(const Product<T>& x, int64_t i0, int64_t row
   const T* panel = x.panel;
   const int64_t step = x.panel_step, a_step = x.a_step, k = x.k;
   if constexpr (Transposed) {
-    const T* a = x.a + i0;
-    for (int64_t l = 0; l < k; ++l, a += a_step, panel += step) {
+    const T* a = x.a + i0 / kTall * a_step;
+    for (int64_t l = 0; l < k; ++l, a += kTall, panel += step) {
       Vec<T> v[Vectors];
 #pragma GCC unroll 2
       for (int b = 0; b < Vectors; ++b) load<T>(panel + b * L, v[b]);
@@ -165,8 +165,32 @@ void narrow_row(const T* from, const void* add, int64_t add_offset, void* to, in
 }
 
 template <class T>
+void multiply_row(const T* a, const T* b, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = a[i] * b[i];
+}
+
+template <class T>
+void grouped_dots(const T* a, const T* b, int groups, int rank, T* to) {
+  constexpr int L = lanes_of<T>;
+  for (int m = 0; m < groups; ++m, a += rank, b += rank) {
+    Vec<T> sums{};
+    int i = 0;
+    for (; i + L <= rank; i += L) {
+      Vec<T> x, y;
+      load<T>(a + i, x);
+      load<T>(b + i, y);
+      sums += x * y;
+    }
+    T sum = static_cast<T>(sum_lanes<T>(sums));
+    for (; i < rank; ++i) sum += a[i] * b[i];
+    to[m] = sum;
+  }
+}
+
+template <class T>
 ProductKernels<T> products_of() {
-  return {2 * lanes_of<T>, product<T, false>, product<T, true>, widen_row<T>, narrow_row<T>};
+  return {2 * lanes_of<T>,    kTall,         product<T, false>, product<T, true>,
+          widen_row<T>,       narrow_row<T>, multiply_row<T>,   grouped_dots<T>};
 }
 
 void products(ProductKernels<float>* f, ProductKernels<double>* d) {

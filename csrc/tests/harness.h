@@ -49,13 +49,17 @@ inline size_t bytes_of(fera_dtype t) { return t == FERA_F64 ? 8 : t == FERA_F32 
 inline const std::vector<fera_device>& devices() {
   static const std::vector<fera_device> found = [] {
     std::vector<fera_device> all{FERA_CPU};
+    const char* only = std::getenv("FERA_TEST_DEVICE");  // cpu or cuda; both when unset
+    if (only != nullptr && std::string(only) == "cpu") return all;
 #if defined(FERA_WITH_CUDA)
     int count = 0;
     const cudaError_t error = cudaGetDeviceCount(&count);
-    if (error == cudaSuccess && count > 0)
+    if (error == cudaSuccess && count > 0) {
       all.push_back(FERA_CUDA);
-    else
+      if (only != nullptr && std::string(only) == "cuda") all.erase(all.begin());
+    } else {
       std::printf("skipped on cuda: %s\n", error == cudaSuccess ? "no GPU" : cudaGetErrorString(error));
+    }
 #else
     std::printf("skipped on cuda: %s\n", fera_has_cuda() ? "the tests were built without CUDA" : "a build without CUDA");
 #endif
@@ -76,7 +80,8 @@ class Buffer {
 #if defined(FERA_WITH_CUDA)
     else {
       cudaMalloc(&data_, bytes + 256);
-      cudaMemset(data_, 0xff, bytes + 256);
+      // compute-sanitizer's initcheck needs the memory as it came.
+      if (std::getenv("FERA_TEST_UNPOISONED") == nullptr) cudaMemset(data_, 0xff, bytes + 256);
     }
 #endif
   }
@@ -99,7 +104,7 @@ class Buffer {
   void* data() const { return data_; }
   size_t bytes() const { return bytes_; }
   void upload(const void* from) {
-    if (device_ == FERA_CPU) std::memcpy(data_, from, bytes_);
+    if (device_ == FERA_CPU && bytes_ > 0) std::memcpy(data_, from, bytes_);
 #if defined(FERA_WITH_CUDA)
     if (device_ == FERA_CUDA) cudaMemcpy(data_, from, bytes_, cudaMemcpyHostToDevice);
 #endif

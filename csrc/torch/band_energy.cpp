@@ -58,6 +58,7 @@ Tensor band_energy_backward(const Tensor& grad, const Tensor& z, const Tensor& t
 
 std::tuple<Tensor, Tensor> frequency_energy(const Tensor& z, const Tensor& table, const OptionalTensor& right,
                                             const OptionalTensor& mix, at::IntArrayRef reach, double eps) {
+  FERA_REQUIRE("frequency_energy", eps >= 0 && std::isfinite(eps), "eps", "finite and not negative", eps);
   const Outputs out = run("frequency_energy", z, table, right, mix, reach, eps, true);
   return {out.indicator, out.total};
 }

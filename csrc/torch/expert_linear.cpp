@@ -40,6 +40,9 @@ class Experts {
     const int64_t groups = gate.size(0);
     FERA_REQUIRE(op, groups > 0 ? rows % groups == 0 : rows == 0, "gate rows", c10::str("a divisor of x's ", rows),
                  groups);
+    FERA_REQUIRE(op, experts >= 1 && rank >= 1 && experts * rank <= FERA_MAX_RANK, "experts * rank", "from 1 to 512",
+                 experts * rank);
+    FERA_REQUIRE(op, std::isfinite(scale), "scale", "finite", scale);
     require_same_device(op, "lora_a", lora_a, x);
     require_same_device(op, "lora_b", lora_b, x);
     require_same_device(op, "gate", gate, x);

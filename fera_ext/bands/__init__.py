@@ -11,6 +11,6 @@ A new definition is one module with a ``filters(params, height, width)`` functio
 :data:`DEFINITIONS`.
 """
 
-from fera_ext.bands.definition import DEFINITIONS, MAX_BANDS, MAX_SIDE, SEPARABLE, Bands, Filters
+from fera_ext.bands.definition import DEFINITIONS, MAX_BANDS, MAX_SIDE, Bands, Filters
 
-__all__ = ["DEFINITIONS", "MAX_BANDS", "MAX_SIDE", "SEPARABLE", "Bands", "Filters"]
+__all__ = ["DEFINITIONS", "MAX_BANDS", "MAX_SIDE", "Bands", "Filters"]

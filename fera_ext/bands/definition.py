@@ -26,10 +26,6 @@ DEFINITIONS: dict[str, Callable[[dict[str, Any], int, int], Filters]] = {
 }
 """Band definitions by name. ``custom`` is not here: its filters are its parameters."""
 
-SEPARABLE = frozenset({"author"})
-"""The definitions whose filters are per-axis matrices; all others act on the spectrum."""
-
-
 @dataclass(frozen=True)
 class Bands:
     """A band definition: its name and its parameters; hashable, comparable, saved with every adapter.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fera_ext.bands import SEPARABLE, Bands
+from fera_ext.bands import Bands
 
 # The band definition's filters as the operators take them: table, right, mix, reach.
 FilterArgs = tuple[Tensor, Tensor | None, Tensor | None, list[int]]
@@ -21,15 +21,33 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _filter_part(bands: Bands, height: int, width: int, device: str, dtype: torch.dtype, part: str) -> Any:
-    """One field of the filters, for a graph under compilation."""
-    value = getattr(bands.filters(height, width, torch.device(device), dtype), part)
-    return list(value) if part == "reach" else value
+class _Held:
+    """Filters that compiled graphs read, as attributes: dynamo lifts each into its graph's inputs."""
 
 
-# A compiled graph holds the filters as constants instead of rebuilding them at each call. The mark is what
-# torch._dynamo.assume_constant_result sets; importing torch._dynamo for it would double the import time.
-_filter_part._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_held = _Held()
+_names: dict[tuple[Bands, int, int, str, torch.dtype], str] = {}
+
+
+def _hold(
+    custom: Bands | None, name: str, params: Any, height: int, width: int, device: str, dtype: torch.dtype
+) -> str:
+    """Builds the filters while a graph is traced, and says under which name they are held.
+
+    A definition without masks comes as its name and parameters: dynamo makes constants of those even where
+    the traced function built the Bands itself.
+    """
+    bands = Bands(name, params) if custom is None else custom
+    held = _names.setdefault((bands, height, width, device, dtype), f"filters{len(_names)}")
+    filters = bands.filters(height, width, torch.device(device), dtype)
+    for part in ("table", "right", "mix"):
+        setattr(_held, f"{held}_{part}", getattr(filters, part))
+    setattr(_held, f"{held}_reach", list(filters.reach))
+    return held
+
+
+# What torch._dynamo.assume_constant_result sets; importing torch._dynamo for it would double the import time.
+_hold._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def filter_args(op: str, bands: Bands, z: Tensor) -> FilterArgs:
@@ -46,13 +64,14 @@ def filter_args(op: str, bands: Bands, z: Tensor) -> FilterArgs:
     if torch.compiler.is_compiling():
         # index() makes a symbolic size a constant: the filters belong to one size, so graphs do too.
         height, width, device = index(z.shape[-2]), index(z.shape[-1]), str(z.device)
-        table = _filter_part(bands, height, width, device, dtype, "table")
-        if bands.name not in SEPARABLE:
-            return table, None, None, []
-        right, mix, reach = (
-            _filter_part(bands, height, width, device, dtype, part) for part in ("right", "mix", "reach")
+        custom = bands if bands.masks is not None else None
+        name = _hold(custom, bands.name, bands.params, height, width, device, dtype)
+        return (
+            getattr(_held, f"{name}_table"),
+            getattr(_held, f"{name}_right"),
+            getattr(_held, f"{name}_mix"),
+            getattr(_held, f"{name}_reach"),
         )
-        return table, right, mix, reach
     filters = bands.filters(z.shape[-2], z.shape[-1], z.device, dtype)
     return filters.table, filters.right, filters.mix, list(filters.reach)
 

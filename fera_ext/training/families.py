@@ -6,6 +6,7 @@ validation images; the noise, the losses and the loop are the same for all.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -362,10 +363,12 @@ def load_family(
         TrainError: there is no such model, it is of no known family, or it does not load.
     """
     import diffusers
+    import transformers
     from diffusers import DiffusionPipeline
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     try:
         config = DiffusionPipeline.load_config(path, revision=revision)
     except Exception as error:  # the hub client's errors have no common class
@@ -380,10 +383,16 @@ def load_family(
         )
     options: dict[str, Any] = {"revision": revision, "variant": variant, "torch_dtype": dtype}
     if "safety_checker" in config:
-        options.update(safety_checker=None, requires_safety_checker=False)
+        options["requires_safety_checker"] = False
+    # A part that a pipeline was saved without is optional in some classes only when it is passed as None.
+    absent = {"safety_checker"} | {k for k, v in config.items() if v in ([None, None], (None, None))}
+    options.update({part: None for part in absent if part in config})
     try:
-        # By its own class: diffusers swaps some pipelines for others of the same components.
-        pipe = getattr(diffusers, name).from_pretrained(path, **options)
+        with warnings.catch_warnings():
+            # The newest diffusers calls this argument dtype; older ones know torch_dtype only.
+            warnings.simplefilter("ignore", FutureWarning)
+            # By its own class: diffusers swaps some pipelines for others of the same components.
+            pipe = getattr(diffusers, name).from_pretrained(path, **options)
     except Exception as error:
         raise TrainError(f"{path} could not be loaded as a {name}: {first_line(error)}") from error
     return FAMILIES[name](pipe, device, dtype)

@@ -1,0 +1,235 @@
+// expert_update and its backward against triple loops in double.
+#include "tests/harness.h"
+
+using namespace test;
+
+namespace {
+
+struct Case {
+  fera_device device;
+  fera_dtype dtype, weight_dtype;
+  int64_t tokens, in, out;
+  int experts, rank;
+  int64_t gates;
+  bool in_place = false, add_to_dx = false, padded_rows = false;
+  std::string what() const {
+    char text[160];
+    std::snprintf(text, sizeof text, "%s %s/%s T=%d %d->%d E=%d r=%d G=%d", name_of(device), name_of(dtype),
+                  name_of(weight_dtype), static_cast<int>(tokens), static_cast<int>(in), static_cast<int>(out), experts,
+                  rank, static_cast<int>(gates));
+    return text;
+  }
+};
+
+// (rows, width) with gaps between rows when padded.
+struct Rows {
+  fera_rows view{};
+  Buffer buffer;
+  int64_t count, width;
+  Rows(fera_device device, fera_dtype t, int64_t rows, int64_t columns, bool padded) : count(rows), width(columns) {
+    view = {nullptr, t, columns + (padded ? 5 : 0)};
+    buffer = Buffer(device, bytes_of(t) * static_cast<size_t>(rows * view.stride));
+    view.data = buffer.data();
+  }
+  void set(Values& values) {
+    std::vector<char> bytes = buffer.download();
+    for (int64_t i = 0; i < count * width; ++i) {
+      put(bytes.data(), view.dtype, i / width * view.stride + i % width, values[i]);
+      values[i] = rounded(view.dtype, values[i]);
+    }
+    buffer.upload(bytes.data());
+  }
+  Values values() const {
+    const std::vector<char> bytes = buffer.download();
+    Values out(static_cast<size_t>(count * width));
+    for (int64_t i = 0; i < count * width; ++i)
+      out[i] = get(bytes.data(), view.dtype, i / width * view.stride + i % width);
+    return out;
+  }
+};
+
+struct Inputs {
+  Values x, base, dy, a, b, gate, dx;
+  double scale = 0.6;
+  explicit Inputs(const Case& c)
+      : x(normal(c.tokens * c.in)),
+        base(normal(c.tokens * c.out)),
+        dy(normal(c.tokens * c.out)),
+        a(normal(int64_t{c.experts} * c.rank * c.in, 1 / std::sqrt(static_cast<double>(c.in)))),
+        b(normal(int64_t{c.experts} * c.rank * c.out)),
+        gate(normal(c.gates * c.experts)),
+        dx(normal(c.tokens * c.in)) {}
+};
+
+struct Results {
+  Rows y, dx;
+  Array h, da, db, dgate;
+};
+
+Results compute(const Case& c, Inputs& in, Threads threads, bool all = true) {
+  const int64_t stacked = int64_t{c.experts} * c.rank;
+  Rows x(c.device, c.dtype, c.tokens, c.in, c.padded_rows), dy(c.device, c.dtype, c.tokens, c.out, c.padded_rows),
+      base(c.device, c.dtype, c.tokens, c.out, c.padded_rows);
+  x.set(in.x);
+  dy.set(in.dy);
+  base.set(in.base);
+  const Array a(c.device, c.weight_dtype, in.a), b(c.device, c.weight_dtype, in.b);
+  const Array gate(c.device, compute_of(c.dtype), in.gate);
+  Results r{Rows(c.device, c.dtype, c.tokens, c.out, c.padded_rows), Rows(c.device, c.dtype, c.tokens, c.in, c.padded_rows),
+            Array(c.device, c.dtype, c.tokens * stacked), Array(c.device, c.weight_dtype, static_cast<int64_t>(in.a.size())),
+            Array(c.device, c.weight_dtype, static_cast<int64_t>(in.b.size())),
+            Array(c.device, compute_of(c.dtype), static_cast<int64_t>(in.gate.size()))};
+  if (c.in_place) r.y.set(in.base);
+  if (c.add_to_dx) r.dx.set(in.dx);
+  const fera_experts experts{c.tokens,     c.in,     c.out,          c.experts, c.rank,     c.gates ? c.tokens / c.gates : 1,
+                             a.data(),     c.weight_dtype, b.data(), c.weight_dtype, gate.data(), in.scale};
+  const fera_expert_update_args f{experts, x.view, c.in_place ? r.y.view : base.view, r.y.view, r.h.data()};
+  EXPECT_OK(FERA_RUN(expert_update, c.device, f, threads));
+  fera_expert_update_backward_args back{experts,     dy.view,     x.view,      r.h.data(),    r.dx.view,
+                                        c.add_to_dx, r.da.data(), r.db.data(), r.dgate.data()};
+  if (!all) {  // one output at a time gives the same
+    const fera_expert_update_backward_args whole = back;
+    back.da = back.db = back.dgate = nullptr;
+    EXPECT_OK(FERA_RUN(expert_update_backward, c.device, back, threads));
+    back = whole;
+    back.dx.data = nullptr;
+    back.db = nullptr;
+    EXPECT_OK(FERA_RUN(expert_update_backward, c.device, back, threads));
+    back.da = back.dgate = nullptr;
+    back.db = whole.db;
+  }
+  EXPECT_OK(FERA_RUN(expert_update_backward, c.device, back, threads));
+  return r;
+}
+
+void check(const Case& c) {
+  Inputs in(c);
+  const Results r = compute(c, in, Threads::two);
+  const int64_t stacked = int64_t{c.experts} * c.rank, each = c.gates ? c.tokens / c.gates : 1;
+  Values a = in.a, b = in.b;
+  for (double& v : a) v = rounded(c.dtype, v);
+  for (double& v : b) v = rounded(c.dtype, v);
+  Values h(static_cast<size_t>(c.tokens * stacked)), y = in.base, dx(in.x.size(), 0.0), da(a.size(), 0.0),
+      db(b.size(), 0.0), dgate(in.gate.size(), 0.0);
+  if (c.add_to_dx) dx = in.dx;
+  for (int64_t t = 0; t < c.tokens; ++t)
+    for (int64_t i = 0; i < stacked; ++i) {
+      const int64_t at_gate = t / each * c.experts + i / c.rank;
+      const double factor = in.gate[at_gate] * in.scale;
+      double sum = 0, dh = 0;
+      for (int64_t j = 0; j < c.in; ++j) sum += in.x[t * c.in + j] * a[i * c.in + j];
+      h[t * stacked + i] = sum;
+      sum = rounded(c.dtype, sum);
+      for (int64_t o = 0; o < c.out; ++o) {
+        const double dy = in.dy[t * c.out + o];
+        y[t * c.out + o] += factor * sum * b[o * stacked + i];
+        dh += dy * b[o * stacked + i];
+        db[o * stacked + i] += dy * factor * sum;
+      }
+      dgate[at_gate] += in.scale * sum * dh;
+      for (int64_t j = 0; j < c.in; ++j) {
+        dx[t * c.in + j] += factor * dh * a[i * c.in + j];
+        da[i * c.in + j] += factor * dh * in.x[t * c.in + j];
+      }
+    }
+  const std::string what = c.what();
+  const auto tolerance = [](fera_dtype t) {
+    return t == FERA_F64 ? 1e-13 : t == FERA_F32 ? 2e-6 : t == FERA_F16 ? 1e-3 : 6e-3;
+  };
+  const double data = tolerance(c.dtype), weights = std::max(data, tolerance(c.weight_dtype));
+  // A rounded h may differ by one unit in the last place between summation orders.
+  const double with_h = c.dtype == FERA_F32 || c.dtype == FERA_F64 ? data : 2 * data;
+  expect_close(r.h.values(), h, data, "h " + what);
+  expect_close(r.y.values(), y, data, "y " + what);
+  expect_close(r.dx.values(), dx, data, "dx " + what);
+  expect_close(r.da.values(), da, weights, "da " + what);
+  expect_close(r.db.values(), db, std::max(weights, with_h), "db " + what);
+  // Each share is a sum of terms of both signs: the tolerance is of their size.
+  expect_close(r.dgate.values(), dgate, with_h, "dgate " + what, with_h * 2 * std::sqrt(static_cast<double>(stacked * c.tokens)));
+}
+
+void shapes(fera_device device) {
+  struct Shape {
+    int64_t tokens, in, out;
+    int experts, rank;
+    int64_t gates;
+  };
+  const Shape kShapes[] = {{96, 64, 48, 3, 4, 2},    {1, 5, 7, 1, 1, 1},     {50, 33, 65, 3, 5, 5}, {100, 300, 20, 4, 32, 4},
+                           {7, 64, 31, 2, 17, 7},    {0, 8, 8, 2, 2, 0},     {60, 40, 32, 8, 64, 1}, {13, 40, 24, 1, 16, 1},
+                           {300, 17, 1, 5, 3, 10},   {33, 1, 19, 32, 1, 3},  {270, 31, 33, 1, 33, 1}};
+  int turn = 0;
+  for (const Shape& s : kShapes)
+    for (const fera_dtype t : kDtypes)
+      for (const fera_dtype w : {FERA_F32, t}) {
+        if (t == FERA_F64 && w == FERA_F32) continue;
+        const Case c{device, t, w, s.tokens, s.in, s.out, s.experts, s.rank, s.gates, turn % 2 == 0, turn % 3 == 0, turn % 4 < 2};
+        ++turn;
+        check(c);
+      }
+  done("expert_update shapes, dtypes, strides", device);
+}
+
+void bits(fera_device device) {
+  for (const fera_dtype t : {FERA_F32, FERA_BF16}) {
+    const Case c{device, t, FERA_F32, 430, 70, 90, 3, 4, 2};
+    Inputs in(c);
+    const Results first = compute(c, in, Threads::none);
+    for (const Threads threads : {Threads::none, Threads::reversed, Threads::two, Threads::many})
+      for (const bool all : {true, false}) {
+        const Results again = compute(c, in, threads, all);
+        expect_same_bits(first.y.buffer, again.y.buffer, "y " + c.what());
+        expect_same_bits(first.dx.buffer, again.dx.buffer, "dx " + c.what());
+        expect_same_bits(first.da.buffer, again.da.buffer, "da " + c.what());
+        expect_same_bits(first.db.buffer, again.db.buffer, "db " + c.what());
+        expect_same_bits(first.dgate.buffer, again.dgate.buffer, "dgate " + c.what());
+      }
+  }
+  done("expert_update same bits", device);
+}
+
+void nan_stays(fera_device device) {
+  const Case c{device, FERA_F32, FERA_F32, 20, 16, 24, 3, 4, 2};
+  Inputs in(c);
+  in.x[3 * 16 + 5] = NAN;
+  const Results r = compute(c, in, Threads::none);
+  const Values y = r.y.values();
+  expect_all_nan(Values(y.begin() + 3 * 24, y.begin() + 4 * 24), "y of a NaN row");
+  for (int i = 0; i < 3 * 24; ++i)
+    if (!std::isfinite(y[i])) fail("a NaN spread to another token");
+  done("expert_update NaN", device);
+}
+
+void errors(fera_device device) {
+  const Rows x(device, FERA_F32, 4, 8, false), y(device, FERA_F32, 4, 8, false);
+  const Array a(device, FERA_F32, 64), gate(device, FERA_F32, 8), h(device, FERA_F32, 64);
+  const fera_experts experts{4, 8, 8, 2, 2, 2, a.data(), FERA_F32, a.data(), FERA_F32, gate.data(), 1.0};
+  const fera_expert_update_args good{experts, x.view, y.view, y.view, h.data()};
+  fera_expert_update_args e = good;
+  e.experts.rank = 300;
+  expect_error(FERA_RUN(expert_update, device, e), FERA_INVALID,
+               "expert_update: experts * rank must be from 1 to 512, got 600");
+  e = good;
+  e.experts.rows_per_gate = 3;
+  expect_error(FERA_RUN(expert_update, device, e), FERA_INVALID,
+               "expert_update: tokens must be a multiple of rows_per_gate 3, got 4");
+  e = good;
+  e.base.dtype = FERA_BF16;
+  expect_error(FERA_RUN(expert_update, device, e), FERA_INVALID,
+               "expert_update: base.dtype must be the dtype of x, got 2");
+  e = good;
+  e.y.stride = 7;
+  expect_error(FERA_RUN(expert_update, device, e), FERA_INVALID, "expert_update: y.stride must be at least 8, got 7");
+  done("expert_update errors", device);
+}
+
+}  // namespace
+
+int main() {
+  for (const fera_device device : devices()) {
+    shapes(device);
+    bits(device);
+    nan_stays(device);
+    errors(device);
+  }
+  return finish();
+}

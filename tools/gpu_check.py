@@ -1,0 +1,134 @@
+"""`make gpu-check`: builds on a GPU machine, then CTest, pytest, compute-sanitizer and a short benchmark.
+
+Needs a GPU, a CUDA torch, nvcc, cmake and ninja; no network. FERA_CORE names a core built elsewhere (then CTest is
+skipped unless it carries test programs in bin/). FERA_CHECK_SKIP is a comma-separated list of steps to leave out.
+Ends with one table; exit status 1 when a step failed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LOGS = Path(os.environ.get("OUT", ROOT / "build" / "gpu_check"))
+SKIP = set(filter(None, os.environ.get("FERA_CHECK_SKIP", "").split(",")))
+
+
+def shell(name: str, command: list[str], env: dict[str, str] | None = None) -> tuple[bool, str]:
+    """Runs one command with its output in a log; (success, output)."""
+    print("+", " ".join(command), flush=True)
+    with open(LOGS / f"{name}.log", "w") as log:
+        code = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **(env or {})}, stdout=log, stderr=subprocess.STDOUT
+        ).returncode
+    return code == 0, (LOGS / f"{name}.log").read_text(errors="replace")
+
+
+def last(pattern: str, text: str) -> str:
+    """The last line of ``text`` that matches."""
+    lines = [line for line in text.splitlines() if re.search(pattern, line)]
+    return lines[-1].strip(" =") if lines else text.strip().splitlines()[-1][:100] if text.strip() else "no output"
+
+
+def programs() -> list[Path]:
+    folder = Path(os.environ["FERA_CORE"]) / "bin" if "FERA_CORE" in os.environ else ROOT / "build" / "core"
+    return sorted(p for p in folder.glob("test_*") if p.is_file() and os.access(p, os.X_OK))
+
+
+def build() -> tuple[bool, str]:
+    import torch
+
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        major, minor = torch.cuda.get_device_capability()
+        os.environ["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}" + ("a" if major == 9 else "")
+    env = {"FERA_CUDA": "1", "FERA_CORE_TESTS": "1", "MAX_JOBS": str(os.cpu_count())}
+    ok, text = shell("build", [sys.executable, "setup.py", "build_ext", "--inplace"], env)
+    return ok, "built" if ok else last("error|must be", text)
+
+
+def info() -> tuple[bool, str]:
+    ok, text = shell("info", [sys.executable, "-m", "fera_ext", "info", "--explain"])
+    return ok, f"{text.count(' yes ')} operators work" if ok else last("no ", text)
+
+
+def ctest() -> tuple[bool, str]:
+    results = [shell(p.name, [str(p)], {"FERA_TEST_DEVICE": "cuda"}) for p in programs()]
+    if not results:
+        return False, "no test programs found"
+    return all(ok for ok, _ in results), f"{sum(ok for ok, _ in results)} of {len(results)} programs pass"
+
+
+def pytest() -> tuple[bool, str]:
+    arguments = os.environ.get("FERA_CHECK_PYTEST", "-q -x --maxfail=20 -m 'gpu or not slow'")
+    import shlex
+
+    ok, text = shell("pytest", [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *shlex.split(arguments)])
+    return ok, last("passed|failed|error", text)
+
+
+def sanitizer(tool: str) -> tuple[bool, str]:
+    env = {"FERA_TEST_DEVICE": "cuda", "FERA_TEST_UNPOISONED": "1"}
+    errors, ran = [], 0
+    for program in programs():
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(program)]
+        ok, text = shell(f"{tool}-{program.name}", command, env)
+        ran += 1
+        if not ok:
+            errors.append(f"{program.name}: {last('ERROR SUMMARY|RACECHECK SUMMARY', text)}")
+    return ran > 0 and not errors, f"{ran} programs, 0 errors" if not errors else "; ".join(errors)
+
+
+def benchmark() -> tuple[bool, str]:
+    ok, text = shell("benchmark", [sys.executable, "benchmarks/quick.py"])
+    print(text)
+    return ok, last("", text)
+
+
+STEPS = {
+    "build": build,
+    "info": info,
+    "ctest": ctest,
+    "pytest": pytest,
+    "memcheck": lambda: sanitizer("memcheck"),
+    "racecheck": lambda: sanitizer("racecheck"),
+    "initcheck": lambda: sanitizer("initcheck"),
+    "benchmark": benchmark,
+}
+
+
+def main() -> int:
+    try:
+        import torch
+    except ImportError:
+        print("gpu-check: torch must be installed (a CUDA build), got none")
+        return 2
+    if not torch.cuda.is_available():
+        print(f"gpu-check: torch must see a GPU, got torch {torch.__version__} without one")
+        return 2
+    LOGS.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, step in STEPS.items():
+        if name in SKIP:
+            continue
+        start = time.monotonic()
+        try:
+            ok, note = step()
+        except Exception as error:
+            ok, note = False, f"{type(error).__name__}: {error}"
+        rows.append((name, ok, time.monotonic() - start, note))
+        print(f"  {name}: {'pass' if ok else 'FAIL'} {note}", flush=True)
+        if name == "build" and not ok:
+            break
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for name, ok, seconds, note in rows:
+        print(f"{name:<10} {'pass' if ok else 'FAIL'} {seconds:7.1f} s  {note}")
+    return 0 if all(ok for _, ok, _, _ in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
