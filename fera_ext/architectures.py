@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -45,7 +44,12 @@ class LatentSize:
         tensor, unmodified.
         """
         tracked = not ids.is_inference()
-        if tracked and self._ids is not None and self._ids() is ids and self._version == ids._version:
+        if (
+            tracked
+            and self._ids is not None
+            and self._ids() is ids
+            and self._version == ids._version
+        ):
             return self._size
         table = (ids if ids.ndim == 2 else ids[0]).detach().cpu()
         other = (table[:, 0] != table[0, 0]).nonzero()

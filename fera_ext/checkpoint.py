@@ -109,7 +109,9 @@ def load_adapter(
     except AdapterFileError:
         raise
     except ValueError as error:
-        raise AdapterFileError(f"load_adapter: {file.name} must fit the model, got: {error}") from error
+        raise AdapterFileError(
+            f"load_adapter: {file.name} must fit the model, got: {error}"
+        ) from error
     adapter = attach_layers(model, contents.config, matched, dtype or experts, latent)
     try:
         _copy(adapter, contents.tensors)
@@ -136,7 +138,9 @@ def save_adapter(adapter: FeraAdapter, path: str | os.PathLike[str]) -> str:
     )
     router = torch.promote_types(state["router.w1"].dtype, torch.float32)
     tensors = {
-        name: tensor.to("cpu", router if name.startswith("router.") else experts, copy=True).contiguous()
+        name: tensor.to(
+            "cpu", router if name.startswith("router.") else experts, copy=True
+        ).contiguous()
         for name, tensor in state.items()
     }
     if config.bands.masks is not None:
@@ -178,7 +182,9 @@ def _locate(path: str | os.PathLike[str]) -> Path:
     if file.is_dir():
         file = file / FILE_NAME
     if not file.is_file():
-        raise FileNotFoundError(f"load_adapter: path must be an adapter file or its directory, got {path}")
+        raise FileNotFoundError(
+            f"load_adapter: path must be an adapter file or its directory, got {path}"
+        )
     return file
 
 
@@ -186,7 +192,7 @@ def _read_own(file: Path, overrides: Mapping[str, Any]) -> _Contents:
     try:
         with safe_open(file, framework="pt") as stream:
             metadata = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}
+            tensors = {name: stream.get_tensor(name) for name in stream}
     except SafetensorError as error:
         raise AdapterFileError(
             f"load_adapter: file must be complete and in safetensors format, got {file} ({error})"
@@ -214,7 +220,9 @@ def _read_own(file: Path, overrides: Mapping[str, Any]) -> _Contents:
     if not (isinstance(config, dict) and isinstance(config.get("bands"), dict)):
         raise AdapterFileError(f"load_adapter: config must hold bands, got {metadata['config']}")
     if not (isinstance(layers, list) and layers and all(isinstance(p, str) for p in layers)):
-        raise AdapterFileError(f"load_adapter: layers must be a list of paths, got {metadata['layers']}")
+        raise AdapterFileError(
+            f"load_adapter: layers must be a list of paths, got {metadata['layers']}"
+        )
     masks = tensors.pop(MASKS, None) if config["bands"].get("name") == "custom" else None
     own = FeraConfig.from_dict(config, masks).override(**overrides)
     return _Contents(tensors, own, layers, metadata["base_model_class"])
@@ -275,7 +283,9 @@ def _read_published(file: Path, overrides: Mapping[str, Any]) -> _Contents:
                 if m not in found_experts
             ]
     if missing:
-        raise AdapterFileError(f"load_adapter: keys must be complete, got missing {listed(missing)}")
+        raise AdapterFileError(
+            f"load_adapter: keys must be complete, got missing {listed(missing)}"
+        )
     rank = next(iter(experts.values()))["down"][0].shape[0]
     for path, sides in experts.items():
         tensors[f"layers.{path}.lora_A"] = _stack(path, "down", sides["down"], 0, rank)
@@ -367,7 +377,9 @@ def _check(contents: _Contents, matched: Mapping[str, nn.Module]) -> torch.dtype
         for name, shape in wanted.items():
             shapes[f"layers.{path}.{name}"] = (shape, experts)
     try:
-        check_tensors("load_adapter", tensors, {k: (torch.Size(s), d) for k, (s, d) in shapes.items()})
+        check_tensors(
+            "load_adapter", tensors, {k: (torch.Size(s), d) for k, (s, d) in shapes.items()}
+        )
     except ValueError as error:
         raise AdapterFileError(str(error)) from None
     return experts

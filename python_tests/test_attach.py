@@ -52,7 +52,8 @@ def test_suffixes_match_whole_names_only() -> None:
 
 def test_a_string_is_a_regular_expression_for_the_whole_path() -> None:
     adapter = attach(Plain(), FeraConfig(target_modules=r"blocks\.[02]\.to_(q|out\.0)"))
-    assert len(adapter.matched) == 4 and all(".1." not in p for p in adapter.matched)
+    assert len(adapter.matched) == 4
+    assert all(".1." not in p for p in adapter.matched)
     assert ": 4" in adapter.report().splitlines()[1]
 
 
@@ -62,22 +63,30 @@ def test_no_match_lists_near_names() -> None:
     with pytest.raises(ValueError) as caught:
         attach(model, FeraConfig(target_modules=["to_querry", "to_out"[:5] + "t.00"]))
     text = str(caught.value)
-    assert text.startswith("attach: target_modules must match linear layers of UNet2DConditionModel, got")
-    assert "to_out.0" in text and "near names" in text
+    assert text.startswith(
+        "attach: target_modules must match linear layers of UNet2DConditionModel, got"
+    )
+    assert "to_out.0" in text
+    assert "near names" in text
     with pytest.raises(ValueError, match="near names: .*to_q"):
         attach(model, FeraConfig(target_modules="nothing"))
     with pytest.raises(ValueError, match="near names: .*to_k"):
         attach(model, FeraConfig(target_modules=["to_kk"]))
-    assert _flags(model) == before and not hasattr(model, "fera_router")
+    assert _flags(model) == before
+    assert not hasattr(model, "fera_router")
 
 
 def test_model_without_linears() -> None:
-    with pytest.raises(ValueError, match="attach: model must have linear layers, got Conv2d without any"):
+    with pytest.raises(
+        ValueError, match="attach: model must have linear layers, got Conv2d without any"
+    ):
         attach(nn.Conv2d(3, 3, 1))
 
 
 def test_a_match_that_is_no_linear_is_named() -> None:
-    with pytest.raises(ValueError, match=r"attach: blocks.0.to_out must be a linear layer .* got ModuleList"):
+    with pytest.raises(
+        ValueError, match=r"attach: blocks.0.to_out must be a linear layer .* got ModuleList"
+    ):
         attach(Plain(), FeraConfig(target_modules=["to_out"]))
     with pytest.raises(ValueError, match="it contains blocks.0.to_out.0"):
         attach(Plain(), FeraConfig(target_modules=["to_out"]))
@@ -105,10 +114,12 @@ def test_a_linear_reachable_by_two_paths_is_one_layer() -> None:
     state = model.state_dict()
     adapter = attach(model, CONFIG)
     assert model.blocks[1].to_q is model.blocks[0].to_q
-    assert len(adapter.matched) == 6 and len({id(p) for p in adapter.parameters()}) == 4 + 5 * 2
+    assert len(adapter.matched) == 6
+    assert len({id(p) for p in adapter.parameters()}) == 4 + 5 * 2
     assert len(list(adapter.parameters())) == 4 + 5 * 2
     adapter.detach()
-    assert list(model.state_dict()) == list(state) and model.blocks[1].to_q is model.blocks[0].to_q
+    assert list(model.state_dict()) == list(state)
+    assert model.blocks[1].to_q is model.blocks[0].to_q
 
 
 # What may be attached to.
@@ -117,7 +128,9 @@ def test_a_linear_reachable_by_two_paths_is_one_layer() -> None:
 def test_twice_is_an_error() -> None:
     model = Plain()
     adapter = attach(model, CONFIG)
-    with pytest.raises(ValueError, match="attach: model must have no adapter, got a Plain with one attached"):
+    with pytest.raises(
+        ValueError, match="attach: model must have no adapter, got a Plain with one attached"
+    ):
         attach(model, FeraConfig(target_modules=["out"]))
     with pytest.raises(ValueError, match="must have no adapter"):
         attach(nn.Sequential(model), CONFIG)
@@ -129,7 +142,10 @@ def test_twice_is_an_error() -> None:
     ("model", "text"),
     [
         (object(), "attach: model must be a torch.nn.Module, .* got object"),
-        (torch.compile(Plain(), backend="eager"), "attach: model must be the denoiser itself .* OptimizedModule"),
+        (
+            torch.compile(Plain(), backend="eager"),
+            "attach: model must be the denoiser itself .* OptimizedModule",
+        ),
     ],
 )
 def test_what_is_no_denoiser(model: Any, text: str) -> None:
@@ -152,8 +168,10 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
     flags, keys = _flags(model), list(model.state_dict())
     with pytest.raises(ValueError, match="blocks.2.to_q must be on a real device"):
         attach(model, CONFIG)
-    assert _flags(model) == flags and list(model.state_dict()) == keys
-    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert _flags(model) == flags
+    assert list(model.state_dict()) == keys
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
 
 
 # Parameters.
@@ -163,7 +181,8 @@ def test_base_is_frozen_and_the_adapter_trains() -> None:
     model = Plain()
     adapter = attach(model, CONFIG)
     asking = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert len(asking) == 4 + 6 * 2 and all("lora" in n or "fera_router" in n for n in asking)
+    assert len(asking) == 4 + 6 * 2
+    assert all("lora" in n or "fera_router" in n for n in asking)
     assert {id(p) for p in adapter.parameters()} == {
         id(p) for p in model.parameters() if p.requires_grad
     }
@@ -187,7 +206,10 @@ def test_state_dict_is_strict() -> None:
     for bad, text in (
         ({k: v for k, v in state.items() if k != key}, f"missing {key}"),
         ({**state, "extra": state[key]}, "unknown extra"),
-        ({**state, key: state[key][:, :2]}, rf"{key} must be of shape \(3, 4, 16\), got \(3, 2, 16\)"),
+        (
+            {**state, key: state[key][:, :2]},
+            rf"{key} must be of shape \(3, 4, 16\), got \(3, 2, 16\)",
+        ),
         ({**state, key: state[key].double()}, f"{key} must be torch.float32, got torch.float64"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -198,9 +220,11 @@ def test_state_dict_is_strict() -> None:
 def test_training_mode_follows_the_model() -> None:
     model = Plain().eval()
     adapter = attach(model, CONFIG)
-    assert not any(layer.training for layer in adapter.layers.values()) and not adapter.router.training
+    assert not any(layer.training for layer in adapter.layers.values())
+    assert not adapter.router.training
     model.train()
-    assert all(layer.training for layer in adapter.layers.values()) and adapter.router.training
+    assert all(layer.training for layer in adapter.layers.values())
+    assert adapter.router.training
 
 
 def test_one_training_step_lowers_the_loss_and_moves_the_router() -> None:
@@ -218,7 +242,8 @@ def test_one_training_step_lowers_the_loss_and_moves_the_router() -> None:
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
-    assert losses[-1] < losses[0] and not torch.equal(adapter.router.w2, router)
+    assert losses[-1] < losses[0]
+    assert not torch.equal(adapter.router.w2, router)
 
 
 def test_fecl_is_weighted() -> None:
@@ -244,8 +269,10 @@ def test_detach_gives_the_model_back() -> None:
     adapter.detach()
     adapter.detach()
     assert torch.equal(case.run(), want)
-    assert _flags(case.model) == flags and list(case.model.state_dict()) == keys
-    assert not case.model._forward_pre_hooks and not case.model._forward_hooks
+    assert _flags(case.model) == flags
+    assert list(case.model.state_dict()) == keys
+    assert not case.model._forward_pre_hooks
+    assert not case.model._forward_hooks
     assert "detached" in adapter.report()
 
 
@@ -313,7 +340,8 @@ def test_autocast_keeps_the_gate() -> None:
     gate = adapter.gate
     with torch.autocast("cpu", torch.bfloat16):
         got = case.run()
-    assert adapter.gate is not None and torch.equal(adapter.gate, gate)
+    assert adapter.gate is not None
+    assert torch.equal(adapter.gate, gate)
     assert (got.float() - want).norm() < 3e-2 * want.norm()
     got.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
@@ -327,7 +355,8 @@ def test_half_precision_model(cast: str) -> None:
     case.model.to(torch.bfloat16) if cast == "after" else None
     out = case.run(z=case.latent.to(torch.bfloat16))
     assert out.dtype == torch.bfloat16
-    assert adapter.gate is not None and adapter.gate.dtype == torch.float32
+    assert adapter.gate is not None
+    assert adapter.gate.dtype == torch.float32
     out.float().square().mean().backward()
     assert all(p.grad is not None for p in adapter.parameters())
 
@@ -405,10 +434,17 @@ def test_compiled_blocks_under_eager_hooks() -> None:
 def test_config_defaults_and_round_trip() -> None:
     config = FeraConfig()
     assert config.target_modules == ["to_q", "to_k", "to_v", "to_out.0"]
-    assert (config.rank, config.lora_alpha, config.num_experts, config.fecl_weight) == (4, 1.0, 3, 0.1)
-    assert config.scale == 0.25 and config.bands == Bands.dog(3)
+    assert (config.rank, config.lora_alpha, config.num_experts, config.fecl_weight) == (
+        4,
+        1.0,
+        3,
+        0.1,
+    )
+    assert config.scale == 0.25
+    assert config.bands == Bands.dog(3)
     assert FeraConfig.from_dict(config.to_dict()) == config
-    assert config.override(rank=8).rank == 8 and config.rank == 4
+    assert config.override(rank=8).rank == 8
+    assert config.rank == 4
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,10 @@ def _losses(case: Case, adapter: FeraAdapter) -> dict[str, Callable[[], Tensor]]
         b = case.run(**{first: other})
         return (a - target).square().mean() + (b - off).square().mean()
 
-    return {f.__name__: f for f in (simple, base_before, base_after, two_pending, base_with_grad_between)}
+    return {
+        f.__name__: f
+        for f in (simple, base_before, base_after, two_pending, base_with_grad_between)
+    }
 
 
 LOSSES = ["simple", "base_before", "base_after", "two_pending", "base_with_grad_between"]

@@ -42,7 +42,7 @@ def _rewrite(
     """A copy of the file with its tensors or its metadata changed in place."""
     with safe_open(file, framework="pt") as stream:
         data = stream.metadata()
-        values = {k: stream.get_tensor(k) for k in stream.keys()}
+        values = {k: stream.get_tensor(k) for k in stream}
     tensors(values)
     metadata(data)
     target = file.with_name("changed.safetensors")
@@ -56,11 +56,13 @@ def _refused(model: nn.Module, file: Path, text: str, **options: Any) -> None:
     state = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(AdapterFileError, match=text) as caught:
         load_adapter(model, file, **options)
-    assert str(caught.value).startswith("load_adapter: ") and "got" in str(caught.value)
+    assert str(caught.value).startswith("load_adapter: ")
+    assert "got" in str(caught.value)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
 
 
 # Ours.
@@ -77,7 +79,8 @@ def test_round_trip(tmp_path: Path, form: str) -> None:
     assert Path(written) == (target if form == "file" else target / FILE_NAME)
     adapter.detach()
     again = load_adapter(case.model, target)
-    assert again.config == CONFIG and again.matched == adapter.matched
+    assert again.config == CONFIG
+    assert again.matched == adapter.matched
     assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
     assert torch.equal(case.run(), want)
 
@@ -86,7 +89,8 @@ def test_metadata_says_what_the_file_is(tmp_path: Path) -> None:
     file, _ = _saved(tmp_path)
     with safe_open(file, framework="pt") as stream:
         data = stream.metadata()
-    assert data["format"] == "fera_ext" and data["format_version"] == "1"
+    assert data["format"] == "fera_ext"
+    assert data["format_version"] == "1"
     assert data["library_version"] == fera_ext.__version__
     assert data["base_model_class"] == "Plain"
     assert json.loads(data["bands"]) == {"name": "rings", "K": 3}
@@ -106,20 +110,25 @@ def test_dtypes_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
     adapter.detach()
     again = load_adapter(case.model, tmp_path)
     for name, tensor in again.state_dict().items():
-        assert tensor.dtype == state[name].dtype and torch.equal(tensor, state[name])
+        assert tensor.dtype == state[name].dtype
+        assert torch.equal(tensor, state[name])
     again.detach()
     wide = load_adapter(case.model, tmp_path, dtype=torch.float32)
-    assert all(p.dtype == torch.float32 for n, p in wide.named_parameters() if n.startswith("layers"))
+    assert all(
+        p.dtype == torch.float32 for n, p in wide.named_parameters() if n.startswith("layers")
+    )
 
 
 def test_custom_bands_travel_as_a_tensor(tmp_path: Path) -> None:
-    masks = torch.stack([Bands.rings(3).filters(8, 12, torch.device("cpu"), torch.float64).table[k]
-                         for k in (0, 2)])
+    masks = torch.stack(
+        [Bands.rings(3).filters(8, 12, torch.device("cpu"), torch.float64).table[k] for k in (0, 2)]
+    )
     config = CONFIG.override(bands=Bands.custom(masks))
     file, want = _saved(tmp_path, config)
     case = plain()
     adapter = load_adapter(case.model, file)
-    assert adapter.config == config and torch.equal(case.run(), want)
+    assert adapter.config == config
+    assert torch.equal(case.run(), want)
     adapter.detach()
     _refused(case.model, _rewrite(file, lambda t: t.pop("bands.masks")), "masks must be given")
     _refused(case.model, _rewrite(file, lambda t: t["bands.masks"].mul_(2)), "another sha256")
@@ -148,7 +157,8 @@ def test_overrides(tmp_path: Path) -> None:
     file, want = _saved(tmp_path)
     case = plain()
     adapter = load_adapter(case.model, file, lora_alpha=6.0, lora_dropout=0.1, fecl_weight=1.0)
-    assert adapter.config.lora_alpha == 6.0 and not torch.equal(case.run(), want)
+    assert adapter.config.lora_alpha == 6.0
+    assert not torch.equal(case.run(), want)
     adapter.detach()
     _refused(case.model, file, "fields must be among .* got alpha", alpha=2.0)
     _refused(case.model, file, r"lora_A must be of shape \(3, 8, 16\), got \(3, 4, 16\)", rank=8)
@@ -173,7 +183,9 @@ def test_model_with_other_layers(tmp_path: Path) -> None:
     file, _ = _saved(tmp_path)
     _refused(Plain(blocks=2), file, "none at blocks.2.to_q, blocks.2.to_out.0")
     _refused(Plain(blocks=4), file, "only in the model: blocks.3.to_out.0, blocks.3.to_q")
-    _refused(Plain(width=8), file, r"blocks.0.to_q.lora_A must be of shape \(3, 4, 8\), got \(3, 4, 16\)")
+    _refused(
+        Plain(width=8), file, r"blocks.0.to_q.lora_A must be of shape \(3, 4, 8\), got \(3, 4, 16\)"
+    )
     model = Plain()
     model.blocks[1].to_q = nn.Identity()
     _refused(model, file, "blocks.1.to_q must be a linear layer")
@@ -196,14 +208,25 @@ KEY = "layers.blocks.1.to_q.lora_B"
         (lambda t: t.pop("router.b2"), "missing router.b2"),
         (lambda t: t.update({"layers.x.lora_A": t[KEY].clone()}), "unknown layers.x.lora_A"),
         (lambda t: t.update({KEY: t[KEY][:, :2].clone()}), rf"{KEY} must be of shape \(16, 3, 4\)"),
-        (lambda t: t.update({KEY: t[KEY].double()}), f"{KEY} must be torch.float32, got torch.float64"),
-        (lambda t: t.update({k: v.int() for k, v in t.items() if "lora" in k}), "experts must be one of"),
-        (lambda t: t.update({k: v.half() for k, v in t.items() if "router" in k}), "router must be one of"),
+        (
+            lambda t: t.update({KEY: t[KEY].double()}),
+            f"{KEY} must be torch.float32, got torch.float64",
+        ),
+        (
+            lambda t: t.update({k: v.int() for k, v in t.items() if "lora" in k}),
+            "experts must be one of",
+        ),
+        (
+            lambda t: t.update({k: v.half() for k, v in t.items() if "router" in k}),
+            "router must be one of",
+        ),
         (lambda t: t.update({"bands.masks": t[KEY].clone()}), "unknown bands.masks"),
         (lambda t: t.clear(), "missing layers.blocks.0.to_out.0.lora_A.* and 8 more"),
     ],
 )
-def test_partly_matching(tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], text: str) -> None:
+def test_partly_matching(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], text: str
+) -> None:
     file, _ = _saved(tmp_path)
     _refused(Plain(), _rewrite(file, change), text)
 
@@ -220,7 +243,10 @@ def _config(**changes: Any) -> Callable[[dict[str, str]], None]:
     [
         (lambda m: m.clear(), "must be an adapter written by fera_ext"),
         (lambda m: m.update(format="other"), "must be an adapter written by fera_ext"),
-        (lambda m: m.update(format_version="2"), r"format_version must be 1, got 2 \(written by fera_ext"),
+        (
+            lambda m: m.update(format_version="2"),
+            r"format_version must be 1, got 2 \(written by fera_ext",
+        ),
         (lambda m: m.pop("layers"), "metadata must hold .* got none of layers"),
         (lambda m: m.update(config="{"), "metadata must be JSON"),
         (lambda m: m.update(config="[]"), "config must hold bands"),
@@ -232,19 +258,27 @@ def _config(**changes: Any) -> Callable[[dict[str, str]], None]:
         (_config(target_modules=["to_q"]), "only in the file"),
     ],
 )
-def test_foreign_metadata(tmp_path: Path, change: Callable[[dict[str, str]], Any], text: str) -> None:
+def test_foreign_metadata(
+    tmp_path: Path, change: Callable[[dict[str, str]], Any], text: str
+) -> None:
     file, _ = _saved(tmp_path)
     _refused(Plain(), _rewrite(file, metadata=change), text)
 
 
 def test_the_base_model_itself_is_no_adapter(tmp_path: Path) -> None:
     safetensors.torch.save_file(Plain().state_dict(), tmp_path / "model.safetensors")
-    _refused(Plain(), tmp_path / "model.safetensors", "got .*model.safetensors with keys blocks.0.to_out.0.bias")
+    _refused(
+        Plain(),
+        tmp_path / "model.safetensors",
+        "got .*model.safetensors with keys blocks.0.to_out.0.bias",
+    )
 
 
 def test_no_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.safetensors", tmp_path / "none.pt"):
-        with pytest.raises(FileNotFoundError, match="load_adapter: path must be an adapter file or its dir"):
+        with pytest.raises(
+            FileNotFoundError, match="load_adapter: path must be an adapter file or its dir"
+        ):
             load_adapter(Plain(), path)
 
 
@@ -265,7 +299,7 @@ def test_attached_model_is_refused_first(tmp_path: Path) -> None:
 def test_a_crash_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    file, want = _saved(tmp_path)
+    file, _want = _saved(tmp_path)
     old = file.read_bytes()
     case = plain()
     adapter = attach(case.model, CONFIG)
@@ -281,9 +315,11 @@ def test_a_crash_leaves_the_old_file(
     with pytest.raises((OSError, TypeError)):
         adapter.save(file)
     monkeypatch.undo()
-    assert file.read_bytes() == old and os.listdir(tmp_path) == [file.name]
+    assert file.read_bytes() == old
+    assert os.listdir(tmp_path) == [file.name]
     adapter.save(file)
-    assert file.read_bytes() != old and os.listdir(tmp_path) == [file.name]
+    assert file.read_bytes() != old
+    assert os.listdir(tmp_path) == [file.name]
 
 
 class FailingBytes:
@@ -297,7 +333,7 @@ def test_a_save_can_be_repeated_and_is_readable_by_others(tmp_path: Path) -> Non
 
     def save() -> tuple[dict[str, str], dict[str, bytes]]:
         with safe_open(adapter.save(tmp_path), framework="pt") as stream:
-            return stream.metadata(), {k: stream.get_tensor(k).numpy().tobytes() for k in stream.keys()}
+            return stream.metadata(), {k: stream.get_tensor(k).numpy().tobytes() for k in stream}
 
     first = save()
     assert save() == first
@@ -328,9 +364,11 @@ def test_published_checkpoint_gives_its_answers(golden: Any, tmp_path: Path) -> 
         return model(io["sample"], io["timestep"], io["text"]).sample
 
     adapter = load_adapter(model, GOLDEN / "author_adapter.pt", lora_alpha=2.0)
-    assert adapter.config.bands == Bands.author(3) and len(adapter.matched) == int(io["layers"])
+    assert adapter.config.bands == Bands.author(3)
+    assert len(adapter.matched) == int(io["layers"])
     assert float((run() - io["fera"]).abs().max()) <= 2e-5
-    assert adapter.gate is not None and float((adapter.gate - io["gate"]).abs().max()) <= 2e-5
+    assert adapter.gate is not None
+    assert float((adapter.gate - io["gate"]).abs().max()) <= 2e-5
     with adapter.disabled():
         assert float((run() - io["base"]).abs().max()) <= 2e-5
     want = run()
@@ -355,7 +393,9 @@ PREFIX = "base_model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.expe
         (lambda t: t.update(epoch=torch.tensor(3)), "unknown epoch"),
         (lambda t: t.update(epoch=3), "flat dict of tensors, got dict"),
         (
-            lambda t: t.update({f"{PREFIX}.3.lora_{s}.weight": torch.zeros(4, 4) for s in ("up", "down")}),
+            lambda t: t.update(
+                {f"{PREFIX}.3.lora_{s}.weight": torch.zeros(4, 4) for s in ("up", "down")}
+            ),
             r"experts.3.lora_down.weight must be \(4, in\)",
         ),
         (
@@ -363,11 +403,16 @@ PREFIX = "base_model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.expe
             r"experts.\d.lora_down.weight must be \(4, in\), the same for all experts, got",
         ),
         (
-            lambda t: t.update({f"{PREFIX}.{m}.lora_down.weight": torch.zeros(4, 31) for m in range(3)}),
+            lambda t: t.update(
+                {f"{PREFIX}.{m}.lora_down.weight": torch.zeros(4, 31) for m in range(3)}
+            ),
             r"attn1.to_q.lora_A must be of shape \(3, 4, 32\), got \(3, 4, 31\)",
         ),
         (lambda t: t.update({"router.net.2.bias": torch.zeros(4)}), "missing .*experts.3"),
-        (lambda t: t.update({"router.net.0.weight": torch.zeros(64)}), "router must be a two-layer MLP"),
+        (
+            lambda t: t.update({"router.net.0.weight": torch.zeros(64)}),
+            "router must be a two-layer MLP",
+        ),
         (
             lambda t: t.update({"router.net.2.weight": torch.zeros(3, 63)}),
             r"router.w2 must be of shape \(3, 64\), got \(3, 63\)",
@@ -377,10 +422,15 @@ PREFIX = "base_model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.expe
             "keys must be the published code's .* got no expert",
         ),
         (
-            lambda t: t.update({k.replace("mid_block", "mid_block2"): t.pop(k) for k in list(t) if "mid_b" in k}),
+            lambda t: t.update(
+                {k.replace("mid_block", "mid_block2"): t.pop(k) for k in list(t) if "mid_b" in k}
+            ),
             "none at mid_block2",
         ),
-        (lambda t: t.update({k: v.half() for k, v in list(t.items())[10:11]}), r"the same for all experts, got \(4, 16\) torch.float"),
+        (
+            lambda t: t.update({k: v.half() for k, v in list(t.items())[10:11]}),
+            r"the same for all experts, got \(4, 16\) torch.float",
+        ),
     ],
 )
 def test_published_checkpoint_is_read_strictly(
@@ -393,8 +443,14 @@ def test_published_checkpoint_is_read_strictly(
 
 
 def test_published_checkpoint_needs_its_alpha(golden: Any) -> None:
-    _refused(golden[0], GOLDEN / "author_adapter.pt", "lora_alpha must be given for a published checkpoint")
-    _refused(golden[0], GOLDEN / "author_adapter.pt", "rank must be an integer", lora_alpha=1.0, rank=0)
+    _refused(
+        golden[0],
+        GOLDEN / "author_adapter.pt",
+        "lora_alpha must be given for a published checkpoint",
+    )
+    _refused(
+        golden[0], GOLDEN / "author_adapter.pt", "rank must be an integer", lora_alpha=1.0, rank=0
+    )
 
 
 class Boom:
@@ -407,7 +463,12 @@ class Boom:
 def test_pickles_are_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"x": Boom()}, tmp_path / "evil.pt")
-    _refused(Plain(), tmp_path / "evil.pt", "must be a complete checkpoint of plain tensors", lora_alpha=1.0)
+    _refused(
+        Plain(),
+        tmp_path / "evil.pt",
+        "must be a complete checkpoint of plain tensors",
+        lora_alpha=1.0,
+    )
     assert not (tmp_path / "ran").exists()
 
 
@@ -420,7 +481,9 @@ def test_truncated_published_checkpoint(golden: Any, tmp_path: Path, size: int) 
 
 def test_other_pickled_things(tmp_path: Path) -> None:
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
-    _refused(Plain(), tmp_path / "list.pt", "must be a flat dict of tensors, got list", lora_alpha=1.0)
+    _refused(
+        Plain(), tmp_path / "list.pt", "must be a flat dict of tensors, got list", lora_alpha=1.0
+    )
     torch.save(Block(4).state_dict(), tmp_path / "model.pt")
     _refused(Plain(), tmp_path / "model.pt", "unknown to_out.0.bias", lora_alpha=1.0)
 

@@ -38,13 +38,20 @@ def _formula(layer: FeraLinear, x: Tensor, out: Tensor) -> Tensor:
         row = out[n].clone()
         for m in range(layer.lora_A.shape[0]):
             down = x[n] @ layer.lora_A[m].T
-            row = row + gate[n * gate.shape[0] // x.shape[0], m] * layer.scale * down @ layer.lora_B[:, m].T
+            row = (
+                row
+                + gate[n * gate.shape[0] // x.shape[0], m]
+                * layer.scale
+                * down
+                @ layer.lora_B[:, m].T
+            )
         rows.append(row)
     return torch.stack(rows)
 
 
 def _close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
-    assert got.shape == want.shape and got.dtype == want.dtype
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
     assert (got - want).norm() <= tolerance * want.norm()
 
 
@@ -54,7 +61,8 @@ def test_indicator_is_the_operator() -> None:
     energy = indicator(z)
     _close(energy, ops.frequency_energy(z, Bands.dog(4)), 1e-7)
     _close(energy.sum(1), torch.ones(3), 1e-6)
-    assert not list(indicator.parameters()) and "dog" in repr(indicator)
+    assert not list(indicator.parameters())
+    assert "dog" in repr(indicator)
 
 
 def test_router_is_the_formula() -> None:
@@ -75,7 +83,9 @@ def test_router_is_the_formula() -> None:
 def test_router_from_latent_is_the_two_steps() -> None:
     router = SoftFrequencyRouter(3, 4)
     z = torch.randn(2, 4, 9, 7)
-    _close(router.from_latent(z, Bands.rings(3)), router(ops.frequency_energy(z, Bands.rings(3))), 1e-6)
+    _close(
+        router.from_latent(z, Bands.rings(3)), router(ops.frequency_energy(z, Bands.rings(3))), 1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -84,7 +94,8 @@ def test_router_of_a_half_precision_model_still_routes_in_float32(dtype: torch.d
     gate = router.from_latent(torch.randn(2, 4, 8, 8, dtype=dtype), Bands.dog(3))
     assert gate.dtype == torch.float32
     gate.square().sum().backward()
-    assert router.w1.grad is not None and router.w1.grad.dtype == dtype
+    assert router.w1.grad is not None
+    assert router.w1.grad.dtype == dtype
 
 
 def test_router_of_a_float64_latent() -> None:
@@ -143,9 +154,11 @@ def test_linear_gradients_reach_everything_but_the_base() -> None:
 def test_new_layer_changes_nothing_and_starts_as_published() -> None:
     torch.manual_seed(0)
     layer = FeraLinear(nn.Linear(64, 5), 4, 3, 1.0, 0.0, GateState())
-    assert not layer.lora_B.any() and layer.lora_B.shape == (5, 3, 4)
+    assert not layer.lora_B.any()
+    assert layer.lora_B.shape == (5, 3, 4)
     # Kaiming-uniform with a = sqrt(5), each expert as a linear of its own: ±1/sqrt(in).
-    assert layer.lora_A.shape == (3, 4, 64) and 0.11 < float(layer.lora_A.abs().max()) <= 0.125
+    assert layer.lora_A.shape == (3, 4, 64)
+    assert 0.11 < float(layer.lora_A.abs().max()) <= 0.125
     layer.source.gate = torch.ones(2, 3) / 3
     x = torch.randn(2, 64)
     _close(layer(x), layer.base(x), 1e-6)
@@ -222,7 +235,8 @@ def test_half_precision_base_with_float32_masters() -> None:
     out = layer(x)
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
-    assert layer.lora_B.grad is not None and layer.lora_B.grad.dtype == torch.float32
+    assert layer.lora_B.grad is not None
+    assert layer.lora_B.grad.dtype == torch.float32
 
 
 def test_disabled_is_the_base() -> None:
@@ -234,9 +248,11 @@ def test_disabled_is_the_base() -> None:
 
 def test_looks_like_its_base() -> None:
     layer = _layer()
-    assert layer.weight is layer.base.weight and layer.bias is layer.base.bias
+    assert layer.weight is layer.base.weight
+    assert layer.bias is layer.base.bias
     assert (layer.in_features, layer.out_features) == (8, 5)
-    assert "rank=4" in repr(layer) and "scale=0.5" in repr(layer)
+    assert "rank=4" in repr(layer)
+    assert "scale=0.5" in repr(layer)
     assert set(layer.state_dict()) == {"base.weight", "base.bias", "lora_A", "lora_B"}
 
 
@@ -251,7 +267,9 @@ def test_copies_share_a_state_of_their_own() -> None:
 def test_errors() -> None:
     layer = _layer()
     layer.source.gate = None
-    with pytest.raises(RuntimeError, match="FeraLinear: gate must be computed by a call of the denoiser"):
+    with pytest.raises(
+        RuntimeError, match="FeraLinear: gate must be computed by a call of the denoiser"
+    ):
         layer(torch.randn(4, 8))
     with pytest.raises(ValueError, match="FeraLinear: base must be a linear layer .* got Conv2d"):
         _layer(nn.Conv2d(3, 3, 1))

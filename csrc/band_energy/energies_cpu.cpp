@@ -42,7 +42,8 @@ int64_t units_per_sample(const Source& source, const fera_filters& filters) {
 
 // A fixed number of pieces of scratch, by shape alone: 64, fewer where a piece is large.
 int64_t slots_for(int64_t units, size_t scratch) {
-  const int64_t most = std::max<int64_t>(8, std::min<int64_t>(64, (int64_t{64} << 20) / (static_cast<int64_t>(scratch) + 1)));
+  const int64_t most =
+      std::max<int64_t>(8, std::min<int64_t>(64, (int64_t{64} << 20) / (static_cast<int64_t>(scratch) + 1)));
   return std::max<int64_t>(1, std::min(units, most));
 }
 
@@ -193,11 +194,11 @@ int64_t grain_for(const Source& source, int64_t units, int64_t slots) {
 }
 
 struct EnergySums {
-  double* partials;      // (units, K + 1)
-  int* unit_exponents;   // (units)
-  double* energies;      // (signals, N, K + 1)
-  int* exponents;        // (signals, N)
-  char* scratch;         // (slots, scratch bytes)
+  double* partials;     // (units, K + 1)
+  int* unit_exponents;  // (units)
+  double* energies;     // (signals, N, K + 1)
+  int* exponents;       // (signals, N)
+  char* scratch;        // (slots, scratch bytes)
 };
 
 template <class T>
@@ -243,7 +244,8 @@ void read_coefficients(const Coefficients& from, int64_t n, int bands, int count
   const T* indicator = static_cast<const T*>(from.indicator);
   double mean = 0;
   if (indicator != nullptr)
-    for (int k = 0; k < bands; ++k) mean += static_cast<double>(grad[k]) * static_cast<double>(indicator[n * bands + k]);
+    for (int k = 0; k < bands; ++k)
+      mean += static_cast<double>(grad[k]) * static_cast<double>(indicator[n * bands + k]);
   for (int k = 0; k < bands; ++k) {
     const double g = static_cast<double>(grad[k]);
     // A total of 0 is a latent of 0 and an eps of 0: no gradient.
@@ -265,8 +267,7 @@ size_t adjoint_driver(const Source& source, const fera_filters& filters, const C
   double* coefficients = carver.take<double>(samples * count);
   char* scratch = carver.take<char>(slots * static_cast<int64_t>(bytes));
   if (context == nullptr) return carver.used;
-  for (int64_t n = 0; n < samples; ++n)
-    read_coefficients<T>(*from, n, filters.bands, count, coefficients + n * count);
+  for (int64_t n = 0; n < samples; ++n) read_coefficients<T>(*from, n, filters.bands, count, coefficients + n * count);
   job.coefficients = coefficients;
   job.dz = *dz;
   for_units(context, units, slots, grain_for(source, units, slots),

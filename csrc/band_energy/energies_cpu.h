@@ -80,7 +80,6 @@ size_t adjoint_workspace(const Source& source, const fera_filters& filters);
 void run_adjoint(const Source& source, const fera_filters& filters, const Coefficients& from, const fera_latent& dz,
                  const fera_context* context);
 
-
 namespace generic {
 void kernels(Kernels<float>* f, Kernels<double>* d);
 }

@@ -131,8 +131,8 @@ __attribute__((noinline)) void pass(const FftPlan<T>& plan, int length, int stri
 
 // Any odd radix, with the sums and differences in `spare` (radix - 1 values); Block outputs at a time.
 template <class T>
-__attribute__((noinline)) void pass_any(const FftPlan<T>& plan, int radix, int length, int stride,
-                                        const Complex<T>* x, Complex<T>* y, Complex<T>* spare) {
+__attribute__((noinline)) void pass_any(const FftPlan<T>& plan, int radix, int length, int stride, const Complex<T>* x,
+                                        Complex<T>* y, Complex<T>* spare) {
   constexpr int Block = FERA_VECTOR_BYTES == 64 ? 4 : 2;
   const int m = length / radix, unit = plan.n / radix, half = (radix - 1) / 2;
   const T *cosine = plan.cosine, *sine = plan.sine;

@@ -7,8 +7,10 @@
 
 #if FERA_CPU_X86
 #define FERA_ISA_LEVEL 2
+// The order matters.
+// clang-format off
 #include "common/isa_push.h"
-// After the line above, not sorted with the others.
 #include "band_energy/kernels_isa.h"
 #include "common/isa_pop.h"
+// clang-format on
 #endif

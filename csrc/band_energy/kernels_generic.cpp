@@ -6,7 +6,9 @@
 #include "band_energy/energies_cpu.h"
 
 #define FERA_ISA_LEVEL 0
+// The order matters.
+// clang-format off
 #include "common/isa_push.h"
-// After the line above, not sorted with the others.
 #include "band_energy/kernels_isa.h"
 #include "common/isa_pop.h"
+// clang-format on

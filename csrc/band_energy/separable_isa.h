@@ -73,8 +73,8 @@ FERA_INLINE void down_block(const T* left, int64_t row_step, int64_t step, int r
 }
 
 template <class T>
-__attribute__((noinline)) void down(const T* left, int64_t row_step, int64_t step, int reach, const Job<T>& job,
-                                    int i0, const T* x, const SeparableScratch<T>& s) {
+__attribute__((noinline)) void down(const T* left, int64_t row_step, int64_t step, int reach, const Job<T>& job, int i0,
+                                    const T* x, const SeparableScratch<T>& s) {
   constexpr int L = lanes_of<T>;
   int w = 0;
   T* tall = s.tall + s.margin;
@@ -207,8 +207,7 @@ void separable_adjoint(const Job<T>& job, int64_t unit, void* scratch) {
   const double* from = job.coefficients + n * signals * (bands + 1);
   // The scales of both signals come before either is blurred: the mixture has one power of two.
   int exponents[2] = {0, 0};
-  for (int signal = signals - 1; signal >= 0; --signal)
-    exponents[signal] = stage_scaled(job, signal, n, p, s.staged);
+  for (int signal = signals - 1; signal >= 0; --signal) exponents[signal] = stage_scaled(job, signal, n, p, s.staged);
   const int common = common_exponent(from, bands + 1, exponents, signals);
   for (int signal = 0; signal < signals; ++signal) {
     if (signal > 0) stage_scaled(job, signal, n, p, s.staged);

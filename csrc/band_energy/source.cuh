@@ -80,7 +80,9 @@ __device__ inline int load_coefficients(const Coefficients& from, int64_t n, int
         value = from.table[n * count + i] * static_cast<double>(*static_cast<const Real*>(from.grad_loss));
       else if (i < bands) {
         const double g = static_cast<double>(static_cast<const Real*>(from.grad)[n * bands + i]);
-        value = 2 * (from.indicator != nullptr ? (g - mean) / from.total[n] : g);
+        // No energy and no eps: the indicator is 0 whatever the latent's direction, so is its gradient.
+        const double total = from.indicator != nullptr ? from.total[n] : 1;
+        value = total == 0 ? 0 : 2 * (g - mean) / total;
       }
       raw[i] = value;
       if (isfinite(value)) largest = fmax(largest, fabs(value));

@@ -196,8 +196,8 @@ void spectral_energies(const Job<T>& job, int64_t unit, void* scratch, double* p
   const SpectralScratch<T> s = carve(job, scratch);
   const int pairs = (job.planes + 1) / 2, bands = job.filters.bands;
   const int64_t sample = unit / pairs, samples = job.source.whole.n;
-  const int planes =
-      stage_pair(job, static_cast<int>(sample / samples), sample % samples, static_cast<int>(unit % pairs), s, exponent);
+  const int planes = stage_pair(job, static_cast<int>(sample / samples), sample % samples,
+                                static_cast<int>(unit % pairs), s, exponent);
   rows_forward(job, s, planes, power_of_two<T>(-*exponent), s.strips[0]);
   for (int k = 0; k <= bands; ++k) partial[k] = 0;
   for (int strip = 0; strip < 2 * job.strips; ++strip) {

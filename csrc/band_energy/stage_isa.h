@@ -29,8 +29,7 @@ FERA_INLINE void subtract_row(const fera_latent& z, int64_t n, int64_t p, int64_
 
 // Rows are `pitch` apart and zero beyond w. Returns the bits of the largest magnitude (a NaN is the largest).
 template <class S, class T, class Bits>
-__attribute__((noinline)) Bits stage_plane(const Source& source, int signal, int64_t n, int64_t p, T* out,
-                                           int pitch) {
+__attribute__((noinline)) Bits stage_plane(const Source& source, int signal, int64_t n, int64_t p, T* out, int pitch) {
   const int h = static_cast<int>(source.whole.h), w = static_cast<int>(source.whole.w);
   Bits largest = 0;
   for (int i = 0; i < h; ++i) {

@@ -6,24 +6,29 @@
 namespace fera {
 
 fera_status check_latent(const char* op, const char* name, const fera_latent& z) {
-  const std::string arg(name);
-  FERA_CHECK(op, is_dtype(z.dtype), (arg + ".dtype").c_str(), "float32, float16, bfloat16 or float64",
+  FERA_CHECK(op, is_dtype(z.dtype), std::string(name) + ".dtype", "float32, float16, bfloat16 or float64",
              static_cast<int>(z.dtype));
-  FERA_CHECK(op, z.n >= 0 && z.p >= 0, (arg + " sizes").c_str(), "not negative", std::min(z.n, z.p));
-  FERA_CHECK(op, z.h >= 1 && z.h <= FERA_MAX_SIDE, (arg + " height").c_str(), "from 1 to 512", z.h);
-  FERA_CHECK(op, z.w >= 1 && z.w <= FERA_MAX_SIDE, (arg + " width").c_str(), "from 1 to 512", z.w);
-  FERA_CHECK(op, z.n * z.p < (int64_t{1} << 30), (arg + " planes").c_str(), "fewer than 2^30", z.n * z.p);
+  FERA_CHECK(op, z.n >= 0 && z.p >= 0, std::string(name) + " sizes", "not negative", std::min(z.n, z.p));
+  FERA_CHECK(op, z.h >= 1 && z.h <= FERA_MAX_SIDE, std::string(name) + " height", "from 1 to 512", z.h);
+  FERA_CHECK(op, z.w >= 1 && z.w <= FERA_MAX_SIDE, std::string(name) + " width", "from 1 to 512", z.w);
+  FERA_CHECK(op, z.n * z.p < (int64_t{1} << 30), std::string(name) + " planes", "fewer than 2^30", z.n * z.p);
   FERA_CHECK(op, z.data != nullptr || z.n * z.p == 0, name, "a pointer", "NULL");
   return FERA_OK;
 }
 
+namespace {
+
+std::string describe(const fera_latent& z) {
+  return "(" + text(z.n) + ", " + text(z.p) + ", " + text(z.h) + ", " + text(z.w) + ") of dtype " +
+         text(static_cast<int>(z.dtype));
+}
+
+}  // namespace
+
 fera_status check_same_latent(const char* op, const char* name, const fera_latent& z, const fera_latent& like) {
   FERA_RETURN_IF_ERROR(check_latent(op, name, z));
-  std::ostringstream want, got;
-  want << "(" << like.n << ", " << like.p << ", " << like.h << ", " << like.w << ") of dtype " << like.dtype;
-  got << "(" << z.n << ", " << z.p << ", " << z.h << ", " << z.w << ") of dtype " << z.dtype;
   const bool same = z.n == like.n && z.p == like.p && z.h == like.h && z.w == like.w && z.dtype == like.dtype;
-  FERA_CHECK(op, same, name, want.str(), got.str());
+  FERA_CHECK(op, same, name, describe(like), describe(z));
   return FERA_OK;
 }
 
@@ -52,7 +57,9 @@ fera_status check_router(const char* op, const fera_router& r) {
 fera_status check_workspace(const char* op, const fera_context* context, size_t needed) {
   FERA_CHECK(op, context != nullptr, "context", "a pointer", "NULL");
   const bool enough = needed == 0 || (context->workspace != nullptr && context->workspace_bytes >= needed);
+  const bool aligned = reinterpret_cast<uintptr_t>(context->workspace) % 256 == 0;
   FERA_CHECK(op, enough, "workspace", "at least " + std::to_string(needed) + " bytes", context->workspace_bytes);
+  FERA_CHECK(op, needed == 0 || aligned, "workspace", "aligned to 256 bytes", "another address");
   return FERA_OK;
 }
 
@@ -151,10 +158,10 @@ namespace {
 
 fera_status check_rows(const char* op, const char* name, const fera_rows& rows, fera_dtype dtype, int64_t tokens,
                        int64_t width) {
-  FERA_CHECK(op, rows.dtype == dtype, (std::string(name) + ".dtype").c_str(), "the dtype of x",
+  FERA_CHECK(op, rows.dtype == dtype, std::string(name) + ".dtype", "the dtype of x",
              static_cast<int>(rows.dtype));
   FERA_CHECK(op, rows.data != nullptr || tokens == 0, name, "a pointer", "NULL");
-  FERA_CHECK(op, rows.stride >= width || tokens <= 1, (std::string(name) + ".stride").c_str(),
+  FERA_CHECK(op, rows.stride >= width || tokens <= 1, std::string(name) + ".stride",
              "at least " + std::to_string(width), rows.stride);
   return FERA_OK;
 }

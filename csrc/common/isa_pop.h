@@ -6,3 +6,4 @@
 #else
 #pragma GCC pop_options
 #endif
+#undef FERA_ISA_OPEN

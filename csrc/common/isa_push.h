@@ -1,5 +1,6 @@
 // Included once by a kernels_<level>.cpp, after every other header: what follows is compiled for FERA_ISA_LEVEL.
 // No include guard matters: one level a file.
+#define FERA_ISA_OPEN 1
 #if FERA_ISA_LEVEL == 2
 #define FERA_ISA avx512
 #define FERA_VECTOR_BYTES 64

@@ -1,6 +1,10 @@
 // Vectors of FERA_VECTOR_BYTES; included after common/isa_push.h.
 #pragma once
 
+#if !defined(FERA_ISA_OPEN)
+#error "include between common/isa_push.h and common/isa_pop.h"
+#endif
+
 namespace fera::cpu::FERA_ISA {
 
 template <class T>

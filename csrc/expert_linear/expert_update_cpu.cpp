@@ -15,6 +15,7 @@ using cpu::ProductKernels;
 
 constexpr int64_t kDepth = 256;  // length of a product between two trips to memory
 constexpr int64_t kWidest = 32;  // no panel is wider
+constexpr int64_t kGroup = 4;    // panels of columns that share a chunk of tiles
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -65,7 +66,7 @@ struct Plan {
   int64_t stacked, padded;  // R, and the row length of (., R) scratch
   int64_t block, blocks;    // tokens a unit, units
   int64_t slots, slot_elements;
-  bool direct;              // x's dtype is the compute dtype
+  bool direct;  // x's dtype is the compute dtype
 };
 
 template <class T>
@@ -80,9 +81,10 @@ Plan<T> make_plan(const fera_experts& e, fera_dtype dtype) {
   p.blocks = (e.tokens + p.block - 1) / p.block;
   p.slots = std::min<int64_t>(64, std::max(p.blocks, int64_t{1}));
   // h, h gated and the gates; one chunk of tokens in the compute dtype; one panel of results.
-  p.slot_elements = (2 * p.block + 1) * p.padded + p.block * kDepth + std::max(p.block, p.padded) * kWidest +
-                    kDepth * kWidest;
-  p.slot_elements = round_up(p.slot_elements, 64);
+  p.slot_elements =
+      (2 * p.block + 1) * p.padded + p.block * kDepth + std::max(p.block, p.padded) * kWidest + kDepth * kWidest;
+  // Or, for dA and dB, kGroup packed panels and their results.
+  p.slot_elements = round_up(std::max(p.slot_elements, (kDepth + p.padded) * kGroup * kWidest), 64);
   p.direct = dtype == compute_dtype(dtype);
   return p;
 }
@@ -166,8 +168,8 @@ void product_to_rows(const Plan<T>& p, const T* a, int64_t t0, int64_t tokens, c
                          init == nullptr ? 0 : init->stride, out, to.stride});
       continue;
     }
-    p.kernels.product({a, p.padded, tokens, columns, panels.k, panels.at(panel, 0), panels.width, nullptr, 0, result,
-                       panels.width});
+    p.kernels.product(
+        {a, p.padded, tokens, columns, panels.k, panels.at(panel, 0), panels.width, nullptr, 0, result, panels.width});
     for (int64_t t = 0; t < tokens; ++t)
       p.kernels.narrow_row(result + t * panels.width, init == nullptr ? nullptr : init->data,
                            init == nullptr ? 0 : (t0 + t) * init->stride + n0, to.data, (t0 + t) * to.stride + n0,
@@ -227,28 +229,23 @@ size_t forward(const fera_expert_update_args& a, const fera_context* context) {
 }
 
 // Columns [n0, n0 + columns) of left^T rows: out (R, columns) = sum_t left[t][:] rows[t][n0 ...], tokens in order;
-// `left` (T, R) is in tiles, a chunk of which serves all the panels of the columns; `chunk` holds a packed panel.
+// `left` (T, R) is in tiles, a chunk of which serves all the panels of the columns; `chunk` holds them packed.
 template <class T>
 void columns_product(const Plan<T>& p, const T* left, const fera_rows& rows, int64_t n0, int64_t columns, T* chunk,
                      T* out, int64_t out_stride) {
   const int64_t width = p.kernels.panel_width, height = p.kernels.tile_height;
   for (int64_t t0 = 0; t0 < p.e.tokens; t0 += kDepth) {
     const int64_t depth = std::min(kDepth, p.e.tokens - t0);
+    const bool packed = !p.direct || columns < width || p.stacked > height;
+    const int64_t panel_step = kDepth * width;
+    if (packed)
+      p.kernels.pack_rows(rows.data, p.dtype, t0 * rows.stride + n0, rows.stride, depth, columns, chunk, panel_step);
     for (int64_t c0 = 0; c0 < columns; c0 += width) {
-      const int64_t here = std::min(width, columns - c0);
-      const T* panel = static_cast<const T*>(rows.data) + t0 * rows.stride + n0 + c0;
-      int64_t step = rows.stride;
-      if (!p.direct || here < width || p.stacked > height) {
-        for (int64_t t = 0; t < depth; ++t) {
-          T* to = chunk + t * width;
-          p.kernels.widen_row(rows.data, p.dtype, p.dtype, (t0 + t) * rows.stride + n0 + c0, here, to);
-          for (int64_t j = here; j < width; ++j) to[j] = 0;
-        }
-        panel = chunk;
-        step = width;
-      }
-      p.kernels.transposed_product({left + t0 * height, p.e.tokens * height, p.stacked, here, depth, panel, step,
-                                    t0 == 0 ? nullptr : out + c0, out_stride, out + c0, out_stride});
+      const T* panel =
+          packed ? chunk + c0 / width * panel_step : static_cast<const T*>(rows.data) + t0 * rows.stride + n0 + c0;
+      p.kernels.transposed_product({left + t0 * height, p.e.tokens * height, p.stacked, std::min(width, columns - c0),
+                                    depth, panel, packed ? width : rows.stride, t0 == 0 ? nullptr : out + c0,
+                                    out_stride, out + c0, out_stride});
     }
   }
   if (p.e.tokens == 0)
@@ -270,7 +267,7 @@ size_t backward(const fera_expert_update_backward_args& a, const fera_context* c
   T* tiled_h = to_b ? carver.take<T>(tiled) : nullptr;
   T* dots = to_gate ? carver.take<T>(e.tokens * e.experts) : nullptr;  // scale h . dh by token and expert
   // Several panels a unit where the tiles are more than a cache line wide.
-  const int64_t width = p.kernels.panel_width * (p.stacked > p.kernels.tile_height ? 4 : 1);
+  const int64_t width = p.kernels.panel_width * (p.stacked > p.kernels.tile_height ? kGroup : 1);
   const int64_t a_panels = to_a ? (e.in + width - 1) / width : 0, b_panels = to_b ? (e.out + width - 1) / width : 0;
   const int64_t column_slots = std::min<int64_t>(64, a_panels + b_panels);
   T* scratch = carver.take<T>(std::max<int64_t>(p.slots, to_a || to_b ? 64 : 0) * p.slot_elements);
@@ -314,7 +311,7 @@ size_t backward(const fera_expert_update_backward_args& a, const fera_context* c
 
   cpu::for_units(context, a_panels + b_panels, column_slots, 1, [&](int64_t unit, int64_t slot) {
     T* chunk = scratch + slot * p.slot_elements;
-    T* out = chunk + kDepth * kWidest;
+    T* out = chunk + kDepth * kGroup * kWidest;
     const bool is_a = unit < a_panels;
     const int64_t n0 = (is_a ? unit : unit - a_panels) * width, columns = std::min(width, (is_a ? e.in : e.out) - n0);
     columns_product(p, is_a ? tiled_dh : tiled_h, is_a ? a.x : a.dy, n0, columns, chunk, out, width);
@@ -332,8 +329,7 @@ size_t backward(const fera_expert_update_backward_args& a, const fera_context* c
 // Sizes that the entry point will refuse need no workspace.
 bool possible(const fera_experts& e) {
   return e.tokens >= 0 && e.tokens < (int64_t{1} << 31) && e.in >= 1 && e.in < (int64_t{1} << 24) && e.out >= 1 &&
-         e.out < (int64_t{1} << 24) && e.experts >= 1 && e.rank >= 1 &&
-         int64_t{e.experts} * e.rank <= FERA_MAX_RANK;
+         e.out < (int64_t{1} << 24) && e.experts >= 1 && e.rank >= 1 && int64_t{e.experts} * e.rank <= FERA_MAX_RANK;
 }
 
 }  // namespace

@@ -36,6 +36,9 @@ struct ProductKernels {
   // to[i] = from[i] + (add ? add[i] : 0), both in `dtype`.
   void (*narrow_row)(const T* from, const void* add, int64_t add_offset, void* to, int64_t offset, fera_dtype dtype,
                      int64_t count);
+  // Columns [offset, offset + columns) of `rows` rows as panels `panel_step` apart, in the compute dtype.
+  void (*pack_rows)(const void* from, fera_dtype dtype, int64_t offset, int64_t stride, int64_t rows, int64_t columns,
+                    T* to, int64_t panel_step);
   // to[i] = a[i] b[i]
   void (*multiply_row)(const T* a, const T* b, int64_t count, T* to);
   // to[m] = sum_i a[m rank + i] b[m rank + i]

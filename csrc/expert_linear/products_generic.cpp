@@ -6,7 +6,9 @@
 #include "expert_linear/products_cpu.h"
 
 #define FERA_ISA_LEVEL 0
+// The order matters.
+// clang-format off
 #include "common/isa_push.h"
-// After the line above, not sorted with the others.
 #include "expert_linear/products_isa.h"
 #include "common/isa_pop.h"
+// clang-format on

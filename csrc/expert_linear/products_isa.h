@@ -21,6 +21,13 @@ __attribute__((noinline)) void tile(const Product<T>& x, int64_t i0, int64_t row
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
     for (int b = 0; b < Vectors; ++b) sum[r][b] = Vec<T>{};
+  // The results' lines arrive while the product runs.
+  if (x.init != nullptr) {
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+      for (int b = 0; b < Vectors; ++b) __builtin_prefetch(x.init + (i0 + (r < rows ? r : 0)) * x.init_stride + b * L);
+  }
   const T* panel = x.panel;
   const int64_t step = x.panel_step, a_step = x.a_step, k = x.k;
   if constexpr (Transposed) {
@@ -123,7 +130,8 @@ void widen_row(const void* from, fera_dtype dtype, fera_dtype through, int64_t o
     case FERA_F16:
       return widen_from(static_cast<const Half*>(from) + offset, through == FERA_F16 ? FERA_F32 : through, count, to);
     default:
-      return widen_from(static_cast<const Bfloat*>(from) + offset, through == FERA_BF16 ? FERA_F32 : through, count, to);
+      return widen_from(static_cast<const Bfloat*>(from) + offset, through == FERA_BF16 ? FERA_F32 : through, count,
+                        to);
   }
 }
 
@@ -164,6 +172,35 @@ void narrow_row(const T* from, const void* add, int64_t add_offset, void* to, in
   }
 }
 
+template <class S, class T>
+__attribute__((noinline)) void pack_from(const S* from, int64_t stride, int64_t rows, int64_t columns, T* to,
+                                         int64_t panel_step) {
+  constexpr int width = 2 * lanes_of<T>;
+  for (int64_t t = 0; t < rows; ++t, from += stride, to += width) {
+    int64_t c = 0;
+    T* out = to;
+    for (; c + width <= columns; c += width, out += panel_step)
+      for (int j = 0; j < width; ++j) out[j] = static_cast<T>(widen(from[c + j]));
+    if (c == columns) continue;
+    for (int j = 0; j < width; ++j) out[j] = c + j < columns ? static_cast<T>(widen(from[c + j])) : T{0};
+  }
+}
+
+template <class T>
+void pack_rows(const void* from, fera_dtype dtype, int64_t offset, int64_t stride, int64_t rows, int64_t columns, T* to,
+               int64_t panel_step) {
+  switch (dtype) {
+    case FERA_F32:
+      return pack_from(static_cast<const float*>(from) + offset, stride, rows, columns, to, panel_step);
+    case FERA_F64:
+      return pack_from(static_cast<const double*>(from) + offset, stride, rows, columns, to, panel_step);
+    case FERA_F16:
+      return pack_from(static_cast<const Half*>(from) + offset, stride, rows, columns, to, panel_step);
+    default:
+      return pack_from(static_cast<const Bfloat*>(from) + offset, stride, rows, columns, to, panel_step);
+  }
+}
+
 template <class T>
 void multiply_row(const T* a, const T* b, int64_t count, T* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = a[i] * b[i];
@@ -189,8 +226,8 @@ void grouped_dots(const T* a, const T* b, int groups, int rank, T* to) {
 
 template <class T>
 ProductKernels<T> products_of() {
-  return {2 * lanes_of<T>,    kTall,         product<T, false>, product<T, true>,
-          widen_row<T>,       narrow_row<T>, multiply_row<T>,   grouped_dots<T>};
+  return {2 * lanes_of<T>, kTall,        product<T, false>, product<T, true>, widen_row<T>,
+          narrow_row<T>,   pack_rows<T>, multiply_row<T>,   grouped_dots<T>};
 }
 
 void products(ProductKernels<float>* f, ProductKernels<double>* d) {

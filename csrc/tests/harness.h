@@ -61,7 +61,8 @@ inline const std::vector<fera_device>& devices() {
       std::printf("skipped on cuda: %s\n", error == cudaSuccess ? "no GPU" : cudaGetErrorString(error));
     }
 #else
-    std::printf("skipped on cuda: %s\n", fera_has_cuda() ? "the tests were built without CUDA" : "a build without CUDA");
+    std::printf("skipped on cuda: %s\n",
+                fera_has_cuda() ? "the tests were built without CUDA" : "a build without CUDA");
 #endif
     return all;
   }();
@@ -72,7 +73,7 @@ inline const std::vector<fera_device>& devices() {
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(fera_device device, size_t bytes) : device_(device), bytes_(bytes) {
+  Buffer(fera_device device, size_t bytes, bool poisoned = true) : device_(device), bytes_(bytes) {
     if (device == FERA_CPU) {
       data_ = std::aligned_alloc(256, (bytes + 511) / 256 * 256);
       std::memset(data_, 0xff, (bytes + 511) / 256 * 256);  // NaN: what a kernel does not write shows
@@ -80,8 +81,7 @@ class Buffer {
 #if defined(FERA_WITH_CUDA)
     else {
       cudaMalloc(&data_, bytes + 256);
-      // compute-sanitizer's initcheck needs the memory as it came.
-      if (std::getenv("FERA_TEST_UNPOISONED") == nullptr) cudaMemset(data_, 0xff, bytes + 256);
+      if (poisoned) cudaMemset(data_, 0xff, bytes + 256);
     }
 #endif
   }
@@ -271,9 +271,9 @@ fera_status run(fera_device device, size_t (*workspace)(const Args*, fera_device
 #define FERA_RUN(op, device, ...) \
   test::run<fera_##op##_args>(device, fera_##op##_workspace, fera_##op##_cpu, fera_##op##_cuda, __VA_ARGS__)
 
-#define EXPECT_OK(status)                                                                              \
-  do {                                                                                                 \
-    if ((status) != FERA_OK) ::test::fail("%s:%d: %s", __FILE__, __LINE__, fera_last_error());         \
+#define EXPECT_OK(status)                                                                      \
+  do {                                                                                         \
+    if ((status) != FERA_OK) ::test::fail("%s:%d: %s", __FILE__, __LINE__, fera_last_error()); \
   } while (0)
 
 // |got - want| <= tolerance * |want| + floor, in the 2-norm.

@@ -35,13 +35,13 @@ Results compute(const Case& c, Values& z, const Filters& filters, Values& grad, 
   Results r{Array(c.device, compute, c.n * c.bands), Array(c.device, compute, c.n * c.bands),
             Array(c.device, FERA_F64, c.n), Latent(c.device, c.dtype, c.n, c.p, c.size.h, c.size.w, c.layout),
             Latent(c.device, c.dtype, c.n, c.p, c.size.h, c.size.w, Layout::contiguous)};
-  fera_band_energy_args a{latent.view,       filters.view,          c.eps, r.energy.data(), r.indicator.data(),
-                          static_cast<double*>(r.total.data())};
+  fera_band_energy_args a{latent.view,     filters.view,       c.eps,
+                          r.energy.data(), r.indicator.data(), static_cast<double*>(r.total.data())};
   EXPECT_OK(FERA_RUN(band_energy, c.device, a, threads));
   const Array g(c.device, compute, grad);
   fera_band_energy_backward_args b{latent.view, filters.view, g.data(), nullptr, nullptr, r.dz.view};
   EXPECT_OK(FERA_RUN(band_energy_backward, c.device, b, threads));
-  b = {latent.view,      filters.view, g.data(), r.indicator.data(), static_cast<const double*>(r.total.data()),
+  b = {latent.view,           filters.view, g.data(), r.indicator.data(), static_cast<const double*>(r.total.data()),
        r.dz_of_indicator.view};
   EXPECT_OK(FERA_RUN(band_energy_backward, c.device, b, threads));
   return r;
@@ -69,8 +69,7 @@ void check(const Case& c) {
   }
   const std::string what = c.what();
   const double smallest = exact ? 0 : 1e-43;  // a few of float32's subnormal steps
-  if (!want.empty() && total[0] < 1e37)
-    expect_close(r.energy.values(), want, tolerance, "energy " + what, smallest);
+  if (!want.empty() && total[0] < 1e37) expect_close(r.energy.values(), want, tolerance, "energy " + what, smallest);
   expect_close(r.total.values(), total, tolerance, "total " + what);
   expect_close(r.indicator.values(), share, tolerance, "indicator " + what, smallest);
   // 16-bit results: half a unit in the last place, 2^-9 and 2^-12, plus half's subnormals.

@@ -75,14 +75,17 @@ Results compute(const Case& c, Inputs& in, Threads threads, bool all = true) {
   base.set(in.base);
   const Array a(c.device, c.weight_dtype, in.a), b(c.device, c.weight_dtype, in.b);
   const Array gate(c.device, compute_of(c.dtype), in.gate);
-  Results r{Rows(c.device, c.dtype, c.tokens, c.out, c.padded_rows), Rows(c.device, c.dtype, c.tokens, c.in, c.padded_rows),
-            Array(c.device, c.dtype, c.tokens * stacked), Array(c.device, c.weight_dtype, static_cast<int64_t>(in.a.size())),
+  Results r{Rows(c.device, c.dtype, c.tokens, c.out, c.padded_rows),
+            Rows(c.device, c.dtype, c.tokens, c.in, c.padded_rows),
+            Array(c.device, c.dtype, c.tokens * stacked),
+            Array(c.device, c.weight_dtype, static_cast<int64_t>(in.a.size())),
             Array(c.device, c.weight_dtype, static_cast<int64_t>(in.b.size())),
             Array(c.device, compute_of(c.dtype), static_cast<int64_t>(in.gate.size()))};
   if (c.in_place) r.y.set(in.base);
   if (c.add_to_dx) r.dx.set(in.dx);
-  const fera_experts experts{c.tokens,     c.in,     c.out,          c.experts, c.rank,     c.gates ? c.tokens / c.gates : 1,
-                             a.data(),     c.weight_dtype, b.data(), c.weight_dtype, gate.data(), in.scale};
+  const fera_experts experts{
+      c.tokens, c.in,           c.out,    c.experts,      c.rank,      c.gates ? c.tokens / c.gates : 1,
+      a.data(), c.weight_dtype, b.data(), c.weight_dtype, gate.data(), in.scale};
   const fera_expert_update_args f{experts, x.view, c.in_place ? r.y.view : base.view, r.y.view, r.h.data()};
   EXPECT_OK(FERA_RUN(expert_update, c.device, f, threads));
   fera_expert_update_backward_args back{experts,     dy.view,     x.view,      r.h.data(),    r.dx.view,
@@ -110,7 +113,7 @@ void check(const Case& c) {
   for (double& v : a) v = rounded(c.dtype, v);
   for (double& v : b) v = rounded(c.dtype, v);
   Values h(static_cast<size_t>(c.tokens * stacked)), y = in.base, dx(in.x.size(), 0.0), da(a.size(), 0.0),
-      db(b.size(), 0.0), dgate(in.gate.size(), 0.0);
+                                                     db(b.size(), 0.0), dgate(in.gate.size(), 0.0);
   if (c.add_to_dx) dx = in.dx;
   for (int64_t t = 0; t < c.tokens; ++t)
     for (int64_t i = 0; i < stacked; ++i) {
@@ -145,7 +148,8 @@ void check(const Case& c) {
   expect_close(r.da.values(), da, weights, "da " + what);
   expect_close(r.db.values(), db, std::max(weights, with_h), "db " + what);
   // Each share is a sum of terms of both signs: the tolerance is of their size.
-  expect_close(r.dgate.values(), dgate, with_h, "dgate " + what, with_h * 2 * std::sqrt(static_cast<double>(stacked * c.tokens)));
+  expect_close(r.dgate.values(), dgate, with_h, "dgate " + what,
+               with_h * 2 * std::sqrt(static_cast<double>(stacked * c.tokens)));
 }
 
 void shapes(fera_device device) {
@@ -154,15 +158,17 @@ void shapes(fera_device device) {
     int experts, rank;
     int64_t gates;
   };
-  const Shape kShapes[] = {{96, 64, 48, 3, 4, 2},    {1, 5, 7, 1, 1, 1},     {50, 33, 65, 3, 5, 5}, {100, 300, 20, 4, 32, 4},
-                           {7, 64, 31, 2, 17, 7},    {0, 8, 8, 2, 2, 0},     {60, 40, 32, 8, 64, 1}, {13, 40, 24, 1, 16, 1},
-                           {300, 17, 1, 5, 3, 10},   {33, 1, 19, 32, 1, 3},  {270, 31, 33, 1, 33, 1}};
+  const Shape kShapes[] = {{96, 64, 48, 3, 4, 2},    {1, 5, 7, 1, 1, 1},     {50, 33, 65, 3, 5, 5},
+                           {100, 300, 20, 4, 32, 4}, {7, 64, 31, 2, 17, 7},  {0, 8, 8, 2, 2, 0},
+                           {60, 40, 32, 8, 64, 1},   {13, 40, 24, 1, 16, 1}, {300, 17, 1, 5, 3, 10},
+                           {33, 1, 19, 32, 1, 3},    {270, 31, 33, 1, 33, 1}};
   int turn = 0;
   for (const Shape& s : kShapes)
     for (const fera_dtype t : kDtypes)
       for (const fera_dtype w : {FERA_F32, t}) {
         if (t == FERA_F64 && w == FERA_F32) continue;
-        const Case c{device, t, w, s.tokens, s.in, s.out, s.experts, s.rank, s.gates, turn % 2 == 0, turn % 3 == 0, turn % 4 < 2};
+        const Case c{device,    t,      w,       s.tokens,      s.in,          s.out,
+                     s.experts, s.rank, s.gates, turn % 2 == 0, turn % 3 == 0, turn % 4 < 2};
         ++turn;
         check(c);
       }

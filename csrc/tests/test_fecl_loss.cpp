@@ -32,22 +32,26 @@ struct Inputs {
 };
 
 Results compute(const Case& c, Inputs& in, const Filters& filters, double upstream, Threads threads) {
-  const auto latent = [&](Layout layout) {
-    return Latent(c.device, c.dtype, c.n, c.p, c.size.h, c.size.w, layout);
-  };
+  const auto latent = [&](Layout layout) { return Latent(c.device, c.dtype, c.n, c.p, c.size.h, c.size.w, layout); };
   Latent base = latent(Layout::contiguous), fera = latent(c.layout), target = latent(Layout::sliced);
   base.set(in.base);
   fera.set(in.fera);
   target.set(in.target);
   const fera_dtype compute = compute_of(c.dtype);
   Results r{Array(c.device, compute, 1), Array(c.device, FERA_F64, c.n * 2 * (c.bands + 1)), latent(c.layout)};
-  const fera_fecl_loss_args a{base.view, fera.view, target.view, filters.view, 1e-8, r.loss.data(),
+  const fera_fecl_loss_args a{base.view,
+                              fera.view,
+                              target.view,
+                              filters.view,
+                              1e-8,
+                              r.loss.data(),
                               static_cast<double*>(r.coefficients.data())};
   EXPECT_OK(FERA_RUN(fecl_loss, c.device, a, threads));
   Values up{upstream};
   const Array grad(c.device, compute, up);
-  const fera_fecl_loss_backward_args b{base.view,   fera.view, target.view, filters.view,
-                                       static_cast<const double*>(r.coefficients.data()), grad.data(), r.dfera.view};
+  const fera_fecl_loss_backward_args b{
+      base.view,   fera.view,   target.view, filters.view, static_cast<const double*>(r.coefficients.data()),
+      grad.data(), r.dfera.view};
   EXPECT_OK(FERA_RUN(fecl_loss_backward, c.device, b, threads));
   return r;
 }
@@ -120,7 +124,11 @@ void check(const Case& c) {
   }
   expect_close({got}, {loss}, exact ? 1e-11 : 1e-5, "loss " + what, exact ? 1e-15 : 1e-12);
   const double floor = c.dtype == FERA_F16 ? 3e-8 * std::sqrt(static_cast<double>(count)) : 0;
-  expect_close(r.dfera.values(), want, c.dtype == FERA_BF16 ? 6e-3 : c.dtype == FERA_F16 ? 1e-3 : exact ? 1e-10 : 1e-5,
+  expect_close(r.dfera.values(), want,
+               c.dtype == FERA_BF16  ? 6e-3
+               : c.dtype == FERA_F16 ? 1e-3
+               : exact               ? 1e-10
+                                     : 1e-5,
                "dfera " + what, floor);
 }
 
@@ -139,9 +147,11 @@ void sizes(fera_device device) {
 
 void ranges(fera_device device) {
   for (const int blurs : {0, 2}) {
-    for (const double scale : {1e18, 1e-6, 1e10}) check({device, FERA_F32, 2, 3, {12, 10}, 3, blurs, Layout::contiguous, scale});
+    for (const double scale : {1e18, 1e-6, 1e10})
+      check({device, FERA_F32, 2, 3, {12, 10}, 3, blurs, Layout::contiguous, scale});
     check({device, FERA_F16, 2, 3, {12, 10}, 3, blurs, Layout::contiguous, 3000});
-    for (const fera_dtype dtype : kDtypes) check({device, dtype, 2, 3, {12, 10}, 3, blurs, Layout::contiguous, 1, true});
+    for (const fera_dtype dtype : kDtypes)
+      check({device, dtype, 2, 3, {12, 10}, 3, blurs, Layout::contiguous, 1, true});
     check({device, FERA_F32, 0, 3, {8, 8}, 3, blurs, Layout::contiguous, 1});
   }
   // All three equal: no norm, no loss, no gradient.
@@ -175,7 +185,8 @@ void nan_and_bits(fera_device device) {
 
 void errors(fera_device device) {
   const Filters filters(device, FERA_F32, 3, 0, 8, 8);
-  const Latent z(device, FERA_F32, 1, 1, 8, 8, Layout::contiguous), half(device, FERA_F16, 1, 1, 8, 8, Layout::contiguous);
+  const Latent z(device, FERA_F32, 1, 1, 8, 8, Layout::contiguous),
+      half(device, FERA_F16, 1, 1, 8, 8, Layout::contiguous);
   const Array loss(device, FERA_F32, 1);
   fera_fecl_loss_args a{z.view, z.view, half.view, filters.view, 1e-8, loss.data(), nullptr};
   expect_error(FERA_RUN(fecl_loss, device, a), FERA_INVALID,

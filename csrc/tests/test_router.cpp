@@ -12,8 +12,14 @@ struct Weights {
   Array device_w1, device_b1, device_w2, device_b2;
   fera_router view{};
   Weights(fera_device device, fera_dtype t, int k, int h, int e, double temperature)
-      : bands(k), hidden(h), experts(e), tau(temperature), w1(normal(int64_t{h} * k)), b1(normal(h)),
-        w2(normal(int64_t{e} * h)), b2(normal(e)) {
+      : bands(k),
+        hidden(h),
+        experts(e),
+        tau(temperature),
+        w1(normal(int64_t{h} * k)),
+        b1(normal(h)),
+        w2(normal(int64_t{e} * h)),
+        b2(normal(e)) {
     device_w1 = Array(device, t, w1);
     device_b1 = Array(device, t, b1);
     device_w2 = Array(device, t, w2);
@@ -122,7 +128,8 @@ void latent(fera_device device) {
         if (n == 4) values[5] = NAN;
         z.set(values);
         const Array indicator(device, compute_of(t), n * 3), gate(device, compute_of(t), n * 5);
-        const fera_latent_gate_args a{{z.view, filters.view, 1e-8, nullptr, indicator.data(), nullptr}, r.view, gate.data()};
+        const fera_latent_gate_args a{
+            {z.view, filters.view, 1e-8, nullptr, indicator.data(), nullptr}, r.view, gate.data()};
         EXPECT_OK(FERA_RUN(latent_gate, device, a, Threads::two));
         const Values e = energies(filters, values, n, p), got = gate.values();
         for (int64_t s = 0; s < n; ++s) {

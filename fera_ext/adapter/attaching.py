@@ -128,5 +128,6 @@ def _warn_unmatched(config: FeraConfig, matched: Mapping[str, nn.Module]) -> Non
     missing = [t for t in config.target_modules if not any(suffix_of(t, p) for p in matched)]
     if missing:
         warnings.warn(
-            f"attach: target_modules entries that match no layer: {', '.join(missing)}", stacklevel=4
+            f"attach: target_modules entries that match no layer: {', '.join(missing)}",
+            stacklevel=4,
         )

@@ -88,7 +88,7 @@ def bind(modules: tuple[nn.Module, ...], state: GateState) -> None:
         if module.gradient_checkpointing:
             function = getattr(module, "_gradient_checkpointing_func", None)
             if function is not None and not isinstance(function, BoundCheckpoint):
-                setattr(module, "_gradient_checkpointing_func", BoundCheckpoint(function, state))
+                module._gradient_checkpointing_func = BoundCheckpoint(function, state)  # type: ignore
 
 
 def unbind(modules: tuple[nn.Module, ...]) -> None:
@@ -96,4 +96,4 @@ def unbind(modules: tuple[nn.Module, ...]) -> None:
     for module in modules:
         function = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(function, BoundCheckpoint):
-            setattr(module, "_gradient_checkpointing_func", function.inner)
+            module._gradient_checkpointing_func = function.inner  # type: ignore

@@ -132,9 +132,8 @@ class FeraLinear(nn.Module):
             gate = gate.to(x.device)
         dropped = self.training and self.dropout > 0
         if _plain(base) and not dropped:
-            return ops.expert_linear(
-                x, base.weight, base.bias, self.lora_A, self.lora_B, gate, self.scale
-            )
+            weight, bias = self.weight, self.bias
+            return ops.expert_linear(x, weight, bias, self.lora_A, self.lora_B, gate, self.scale)
         out = base(x)
         # A base layer that computes in another dtype (autocast, quantised) decides the update's dtype.
         x = x.to(out.dtype)
@@ -151,8 +150,10 @@ def unsupported(base: nn.Module) -> str | None:
     """The rule that ``base`` breaks, or None where it can be adapted."""
     if isinstance(base, FeraLinear):
         return "a layer without experts"
-    if not (isinstance(getattr(base, "in_features", None), int)
-            and isinstance(getattr(base, "out_features", None), int)):
+    if not (
+        isinstance(getattr(base, "in_features", None), int)
+        and isinstance(getattr(base, "out_features", None), int)
+    ):
         return "a linear layer (with in_features and out_features)"
     if _device(base).type == "meta":
         return "on a real device (attach before offloading)"

@@ -68,7 +68,9 @@ class SoftFrequencyRouter(nn.Module):
             ("hidden", hidden, MAX_HIDDEN),
         ):
             if not 1 <= value <= most:
-                raise ValueError(f"SoftFrequencyRouter: {name} must be from 1 to {most}, got {value}")
+                raise ValueError(
+                    f"SoftFrequencyRouter: {name} must be from 1 to {most}, got {value}"
+                )
         if not (math.isfinite(tau) and tau > 0):
             raise ValueError(f"SoftFrequencyRouter: tau must be positive, got {tau}")
         self.tau = float(tau)
@@ -91,8 +93,9 @@ class SoftFrequencyRouter(nn.Module):
         Raises:
             ValueError: shapes or dtypes the operator does not take.
         """
+        w1, b1, w2, b2 = self._weights(energy.device, energy.dtype)
         with _full_precision(energy):
-            return ops.router_softmax(energy, *self._weights(energy.device, energy.dtype), self.tau)
+            return ops.router_softmax(energy, w1, b1, w2, b2, self.tau)
 
     def from_latent(self, z: Tensor, bands: Bands) -> Tensor:
         """Latent (N, ..., H, W) to the gate (N, E) in one operator; float32 (float64 for float64 z).
@@ -106,14 +109,17 @@ class SoftFrequencyRouter(nn.Module):
             with _full_precision(z):
                 energy = ops.frequency_energy(z, bands)
             return self(energy).to(z.device)
+        w1, b1, w2, b2 = self._weights(z.device, dtype)
         with _full_precision(z):
-            return ops.latent_gate(z, bands, *self._weights(z.device, dtype), self.tau)
+            return ops.latent_gate(z, bands, w1, b1, w2, b2, self.tau)
 
-    def _weights(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        weights = (self.w1, self.b1, self.w2, self.b2)
+    def _weights(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self.w1.dtype == dtype and self.w1.device == device:
-            return weights
-        return tuple(w.to(device, dtype) for w in weights)
+            return self.w1, self.b1, self.w2, self.b2
+        w1, b1, w2, b2 = (w.to(device, dtype) for w in (self.w1, self.b1, self.w2, self.b2))
+        return w1, b1, w2, b2
 
     def extra_repr(self) -> str:
         hidden, bands = self.w1.shape

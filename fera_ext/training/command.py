@@ -54,6 +54,9 @@ def train(
     fecl_weight: Annotated[
         float, _flag("fecl_weight", "Weight of the consistency loss; 0 saves its base pass.", ADAPTER)
     ] = 0.1,
+    fecl_warmup_steps: Annotated[
+        int, _flag("fecl_warmup_steps", "Steps over which that weight rises from zero.", ADAPTER)
+    ] = 100,
     target_modules: Annotated[
         Optional[str],  # noqa: UP045
         _flag("target_modules", "Comma-separated path suffixes; to_q,to_k,to_v,to_out.0 if not given.", ADAPTER),

@@ -305,7 +305,10 @@ class Trainer:
         squared = (errors * noised.weight).mean()
         fecl = torch.zeros_like(squared)
         if base is not None:
-            fecl = self.adapter.fecl_loss(base, predicted, noised.target)
+            # Its gradient grows like one over the experts' output, which is tiny at first; at full weight
+            # it would drown the squared error and fill the optimizer's second moments for long.
+            ramp = min(1.0, (self.step + 1) / (s.fecl_warmup_steps + 1))
+            fecl = ramp * self.adapter.fecl_loss(base, predicted, noised.target)
         loss = squared + fecl
         accelerator.backward(loss)
         if accelerator.sync_gradients:

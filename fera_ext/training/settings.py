@@ -51,6 +51,7 @@ class Settings:
     router_hidden: int = 64
     router_tau: float = 0.7
     fecl_weight: float = 0.1
+    fecl_warmup_steps: int = 100
     target_modules: str | None = None
     learning_rate: float = 1e-4
     lr_scheduler: str = "constant"
@@ -87,6 +88,7 @@ class Settings:
             "validation_steps",
             "num_validation_images",
             "lr_warmup_steps",
+            "fecl_warmup_steps",
             "dataloader_num_workers",
             "seed",
         ):
