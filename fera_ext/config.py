@@ -137,9 +137,12 @@ def _targets(targets: object) -> list[str] | str:
             ) from None
         if targets:
             return targets
-    elif isinstance(targets, Sequence) and targets:
-        if all(isinstance(t, str) and t.strip(".") for t in targets):
-            return list(targets)
+    elif (
+        isinstance(targets, Sequence)
+        and targets
+        and all(isinstance(t, str) and t.strip(".") for t in targets)
+    ):
+        return list(targets)
     raise ValueError(
         "FeraConfig: target_modules must be a list of path suffixes or a regular expression, "
         f"got {targets!r}"

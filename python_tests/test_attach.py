@@ -68,9 +68,9 @@ def test_no_match_lists_near_names() -> None:
     )
     assert "to_out.0" in text
     assert "near names" in text
-    with pytest.raises(ValueError, match="near names: .*to_q"):
+    with pytest.raises(ValueError, match=r"near names: .*to_q"):
         attach(model, FeraConfig(target_modules="nothing"))
-    with pytest.raises(ValueError, match="near names: .*to_k"):
+    with pytest.raises(ValueError, match=r"near names: .*to_k"):
         attach(model, FeraConfig(target_modules=["to_kk"]))
     assert _flags(model) == before
     assert not hasattr(model, "fera_router")
@@ -88,15 +88,15 @@ def test_a_match_that_is_no_linear_is_named() -> None:
         ValueError, match=r"attach: blocks.0.to_out must be a linear layer .* got ModuleList"
     ):
         attach(Plain(), FeraConfig(target_modules=["to_out"]))
-    with pytest.raises(ValueError, match="it contains blocks.0.to_out.0"):
+    with pytest.raises(ValueError, match=r"it contains blocks.0.to_out.0"):
         attach(Plain(), FeraConfig(target_modules=["to_out"]))
-    with pytest.raises(ValueError, match="attach: inp must be a linear layer .* got Conv2d"):
+    with pytest.raises(ValueError, match=r"attach: inp must be a linear layer .* got Conv2d"):
         attach(Plain(), FeraConfig(target_modules=["inp", "to_q"]))
 
 
 def test_a_linear_whose_parent_reads_its_weight_is_refused() -> None:
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
-    with pytest.raises(ValueError, match="0.out_proj must be a linear that its parent calls"):
+    with pytest.raises(ValueError, match=r"0.out_proj must be a linear that its parent calls"):
         attach(model, FeraConfig(target_modules=["out_proj"]))
 
 
@@ -154,7 +154,9 @@ def test_what_is_no_denoiser(model: Any, text: str) -> None:
 
 
 def test_dtype_and_router_name() -> None:
-    with pytest.raises(ValueError, match="attach: dtype must be a floating dtype, got torch.int64"):
+    with pytest.raises(
+        ValueError, match=r"attach: dtype must be a floating dtype, got torch.int64"
+    ):
         attach(Plain(), CONFIG, dtype=torch.int64)
     model = Plain()
     model.fera_router = nn.Identity()
@@ -166,7 +168,7 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
     model = Plain()
     model.blocks[2].to_q = nn.Linear(16, 16, device="meta")
     flags, keys = _flags(model), list(model.state_dict())
-    with pytest.raises(ValueError, match="blocks.2.to_q must be on a real device"):
+    with pytest.raises(ValueError, match=r"blocks.2.to_q must be on a real device"):
         attach(model, CONFIG)
     assert _flags(model) == flags
     assert list(model.state_dict()) == keys
@@ -474,9 +476,11 @@ def test_config_errors(changes: dict[str, Any], text: str) -> None:
 
 def test_config_fields() -> None:
     data = FeraConfig().to_dict()
-    with pytest.raises(ValueError, match="fields must be exactly .* got missing rank; unknown rnk"):
+    with pytest.raises(
+        ValueError, match=r"fields must be exactly .* got missing rank; unknown rnk"
+    ):
         FeraConfig.from_dict({**{k: v for k, v in data.items() if k != "rank"}, "rnk": 4})
-    with pytest.raises(ValueError, match="fields must be among .* got alpha"):
+    with pytest.raises(ValueError, match=r"fields must be among .* got alpha"):
         FeraConfig().override(alpha=2.0)
 
 

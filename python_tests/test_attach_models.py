@@ -51,7 +51,8 @@ def test_gradients_reach_the_router(name: str) -> None:
     randomise(adapter)
     case.run().square().mean().backward()
     for parameter_name, parameter in adapter.named_parameters():
-        assert parameter.grad is not None and bool(parameter.grad.any()), parameter_name
+        assert parameter.grad is not None, parameter_name
+        assert bool(parameter.grad.any()), parameter_name
     assert all(
         p.grad is None
         for n, p in case.model.named_parameters()

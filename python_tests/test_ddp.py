@@ -69,7 +69,7 @@ def _worker(rank: int, store: str, out: str, name: str) -> None:
         _step(model, adapter, inputs, part(target))
     if rank == 1:
         with pytest.raises(
-            TypeError, match="attach: model must be the denoiser itself .* got Distributed"
+            TypeError, match=r"attach: model must be the denoiser itself .* got Distributed"
         ):
             attach(model)
     grads = {n: p.grad for n, p in adapter.named_parameters()}

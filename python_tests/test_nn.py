@@ -271,7 +271,7 @@ def test_errors() -> None:
         RuntimeError, match="FeraLinear: gate must be computed by a call of the denoiser"
     ):
         layer(torch.randn(4, 8))
-    with pytest.raises(ValueError, match="FeraLinear: base must be a linear layer .* got Conv2d"):
+    with pytest.raises(ValueError, match=r"FeraLinear: base must be a linear layer .* got Conv2d"):
         _layer(nn.Conv2d(3, 3, 1))
     with pytest.raises(ValueError, match="FeraLinear: base must be a layer without experts"):
         _layer(_layer())

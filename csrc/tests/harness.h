@@ -253,7 +253,8 @@ template <class Args>
 fera_status run(fera_device device, size_t (*workspace)(const Args*, fera_device), Entry<Args> cpu, Entry<Args> cuda,
                 const Args& args, Threads threads = Threads::none) {
   const size_t bytes = workspace(&args, device);
-  const Buffer scratch(device, bytes);
+  // compute-sanitizer's initcheck wants the workspace as it came.
+  const Buffer scratch(device, bytes, std::getenv("FERA_TEST_UNPOISONED") == nullptr);
   fera_context context{};
   context.workspace = scratch.data();
   context.workspace_bytes = bytes;

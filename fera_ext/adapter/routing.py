@@ -45,7 +45,8 @@ class Routing:
         self._latent: Tensor | None = None
         self._handles = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
-            model.register_forward_hook(self.after),
+            # Also when the forward raises, as a recomputation does once it has what it needs.
+            model.register_forward_hook(self.after, always_call=True),
         ]
 
     def remove(self) -> None:

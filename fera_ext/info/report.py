@@ -115,7 +115,7 @@ def render(report: dict[str, Any]) -> None:
     table.add_row("torch", f"{runtime['torch']} ({cuda})")
     if build:
         table.add_row("built against", f"torch {build['torch']}, {build['compiler']}")
-        kernels = f"nvcc {build['nvcc']} for {build['targets']}" if build["core_cuda"] else "none (no nvcc at build time)"
+        kernels = f"nvcc {build['nvcc']} for {build['targets']}" if build["core_cuda"] else "none (no nvcc at build time, or FERA_CUDA=0)"
         table.add_row("CUDA kernels", kernels)
         table.add_row("torch operators", "CPU and CUDA" if build["operators_cuda"] else "CPU only")
     table.add_row("CPU threads", str(runtime["threads"]))
