@@ -44,12 +44,7 @@ class LatentSize:
         tensor, unmodified.
         """
         tracked = not ids.is_inference()
-        if (
-            tracked
-            and self._ids is not None
-            and self._ids() is ids
-            and self._version == ids._version
-        ):
+        if tracked and self._ids is not None and self._ids() is ids and self._version == ids._version:
             return self._size
         table = (ids if ids.ndim == 2 else ids[0]).detach().cpu()
         other = (table[:, 0] != table[0, 0]).nonzero()
@@ -91,9 +86,7 @@ def packed_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], size: Latent
     """
     tokens = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[2] % 4:
-        raise ValueError(
-            f"latent: hidden_states must be (B, T, 4C) packed tokens, got {_describe(tokens)}"
-        )
+        raise ValueError(f"latent: hidden_states must be (B, T, 4C) packed tokens, got {_describe(tokens)}")
     if size.given is not None:
         height, width = size.given[0] // 2, size.given[1] // 2
         count = height * width

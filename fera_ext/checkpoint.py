@@ -109,9 +109,7 @@ def load_adapter(
     except AdapterFileError:
         raise
     except ValueError as error:
-        raise AdapterFileError(
-            f"load_adapter: {file.name} must fit the model, got: {error}"
-        ) from error
+        raise AdapterFileError(f"load_adapter: {file.name} must fit the model, got: {error}") from error
     adapter = attach_layers(model, contents.config, matched, dtype or experts, latent)
     try:
         _copy(adapter, contents.tensors)
@@ -138,9 +136,7 @@ def save_adapter(adapter: FeraAdapter, path: str | os.PathLike[str]) -> str:
     )
     router = torch.promote_types(state["router.w1"].dtype, torch.float32)
     tensors = {
-        name: tensor.to(
-            "cpu", router if name.startswith("router.") else experts, copy=True
-        ).contiguous()
+        name: tensor.to("cpu", router if name.startswith("router.") else experts, copy=True).contiguous()
         for name, tensor in state.items()
     }
     if config.bands.masks is not None:
@@ -182,9 +178,7 @@ def _locate(path: str | os.PathLike[str]) -> Path:
     if file.is_dir():
         file = file / FILE_NAME
     if not file.is_file():
-        raise FileNotFoundError(
-            f"load_adapter: path must be an adapter file or its directory, got {path}"
-        )
+        raise FileNotFoundError(f"load_adapter: path must be an adapter file or its directory, got {path}")
     return file
 
 
@@ -192,7 +186,7 @@ def _read_own(file: Path, overrides: Mapping[str, Any]) -> _Contents:
     try:
         with safe_open(file, framework="pt") as stream:
             metadata = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise AdapterFileError(
             f"load_adapter: file must be complete and in safetensors format, got {file} ({error})"
@@ -220,9 +214,7 @@ def _read_own(file: Path, overrides: Mapping[str, Any]) -> _Contents:
     if not (isinstance(config, dict) and isinstance(config.get("bands"), dict)):
         raise AdapterFileError(f"load_adapter: config must hold bands, got {metadata['config']}")
     if not (isinstance(layers, list) and layers and all(isinstance(p, str) for p in layers)):
-        raise AdapterFileError(
-            f"load_adapter: layers must be a list of paths, got {metadata['layers']}"
-        )
+        raise AdapterFileError(f"load_adapter: layers must be a list of paths, got {metadata['layers']}")
     masks = tensors.pop(MASKS, None) if config["bands"].get("name") == "custom" else None
     own = FeraConfig.from_dict(config, masks).override(**overrides)
     return _Contents(tensors, own, layers, metadata["base_model_class"])
@@ -283,9 +275,7 @@ def _read_published(file: Path, overrides: Mapping[str, Any]) -> _Contents:
                 if m not in found_experts
             ]
     if missing:
-        raise AdapterFileError(
-            f"load_adapter: keys must be complete, got missing {listed(missing)}"
-        )
+        raise AdapterFileError(f"load_adapter: keys must be complete, got missing {listed(missing)}")
     rank = next(iter(experts.values()))["down"][0].shape[0]
     for path, sides in experts.items():
         tensors[f"layers.{path}.lora_A"] = _stack(path, "down", sides["down"], 0, rank)
@@ -340,8 +330,7 @@ def _matched(model: nn.Module, contents: _Contents, check_base_class: bool) -> d
         parts = [f"only in the model: {listed(only_model)}"] * bool(only_model)
         parts += [f"only in the file: {listed(only_file)}"] * bool(only_file)
         raise AdapterFileError(
-            "load_adapter: target_modules must match exactly the file's layers, got "
-            + "; ".join(parts)
+            "load_adapter: target_modules must match exactly the file's layers, got " + "; ".join(parts)
         )
     return matched
 
@@ -377,9 +366,7 @@ def _check(contents: _Contents, matched: Mapping[str, nn.Module]) -> torch.dtype
         for name, shape in wanted.items():
             shapes[f"layers.{path}.{name}"] = (shape, experts)
     try:
-        check_tensors(
-            "load_adapter", tensors, {k: (torch.Size(s), d) for k, (s, d) in shapes.items()}
-        )
+        check_tensors("load_adapter", tensors, {k: (torch.Size(s), d) for k, (s, d) in shapes.items()})
     except ValueError as error:
         raise AdapterFileError(str(error)) from None
     return experts

@@ -50,9 +50,7 @@ class FeraConfig:
     router_hidden: int = 64
     router_tau: float = 0.7
     fecl_weight: float = 0.1
-    target_modules: Sequence[str] | str = field(
-        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"]
-    )
+    target_modules: Sequence[str] | str = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
     def __post_init__(self) -> None:
         _integer("rank", self.rank, MAX_STACKED_RANK)
@@ -144,8 +142,7 @@ def _targets(targets: object) -> list[str] | str:
     ):
         return list(targets)
     raise ValueError(
-        "FeraConfig: target_modules must be a list of path suffixes or a regular expression, "
-        f"got {targets!r}"
+        f"FeraConfig: target_modules must be a list of path suffixes or a regular expression, got {targets!r}"
     )
 
 

@@ -39,7 +39,7 @@ def _energies(z: Tensor, filters: Filters) -> Tensor:
 def band_energy(z: Tensor, bands: Bands) -> Tensor:
     """Twin of :func:`fera_ext.ops.band_energy`."""
     planes = _accumulation(z).reshape(z.shape[0], -1, *z.shape[-2:])
-    return _energies(planes, bands.filters(*z.shape[-2:], planes.device, planes.dtype))
+    return _energies(planes, bands.filters(z.shape[-2], z.shape[-1], planes.device, planes.dtype))
 
 
 def frequency_energy(z: Tensor, bands: Bands, eps: float = 1e-8) -> Tensor:

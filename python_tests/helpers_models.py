@@ -144,9 +144,7 @@ def unet2d(batch: int = 2) -> Case:
         norm_num_groups=8,
     )
     z = latents(batch, 4, 16, 16)
-    return Case(
-        model, {"sample": z, "timestep": torch.arange(batch) + 5}, ("sample", "timestep"), z
-    )
+    return Case(model, {"sample": z, "timestep": torch.arange(batch) + 5}, ("sample", "timestep"), z)
 
 
 def svd(batch: int = 2) -> Case:

@@ -83,10 +83,7 @@ def _losses(case: Case, adapter: FeraAdapter) -> dict[str, Callable[[], Tensor]]
         b = case.run(**{first: other})
         return (a - target).square().mean() + (b - off).square().mean()
 
-    return {
-        f.__name__: f
-        for f in (simple, base_before, base_after, two_pending, base_with_grad_between)
-    }
+    return {f.__name__: f for f in (simple, base_before, base_after, two_pending, base_with_grad_between)}
 
 
 LOSSES = ["simple", "base_before", "base_after", "two_pending", "base_with_grad_between"]
@@ -166,6 +163,20 @@ def test_latent_that_asks_for_a_gradient(mode: str) -> None:
     assert (z.grad - want).norm() / want.norm() < 2e-5
 
 
+def test_latent_with_a_graph_of_its_own() -> None:
+    case = plain()
+    adapter = attach(case.model, CONFIG)
+    randomise(adapter)
+    z = case.latent.clone().requires_grad_()
+    want = torch.autograd.grad(case.run(z=z * 2).square().sum(), z)[0]
+    _enable(case.model, False)
+    case.run(z=z * 2).square().sum().backward()
+    assert (z.grad - want).norm() / want.norm() < 2e-5
+    _enable(case.model, True)
+    with pytest.raises(RuntimeError, match="FeraAdapter: the latent must be a leaf"):
+        case.run(z=z * 2).square().sum().backward()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_latent_changed_in_place_is_an_error_or_harmless(mode: str) -> None:
     case = plain()
@@ -188,12 +199,13 @@ def test_whole_denoiser_checkpointed(mode: str) -> None:
     adapter = attach(case.model, CONFIG)
     randomise(adapter)
     z = case.latent.clone().requires_grad_()
+    half = (case.latent / 2).requires_grad_()
 
     def whole(latent: Tensor) -> Tensor:
         return checkpoint(case.model, latent, use_reentrant=MODES[mode])
 
     def loss(run: Callable[[Tensor], Tensor]) -> Tensor:
-        return run(z).square().mean() + run(z * 0.5).abs().mean()
+        return run(z).square().mean() + run(half).abs().mean()
 
     want = _gradients(adapter, lambda: loss(case.model))
     _close(_gradients(adapter, lambda: loss(whole)), want)

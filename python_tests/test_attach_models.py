@@ -54,9 +54,7 @@ def test_gradients_reach_the_router(name: str) -> None:
         assert parameter.grad is not None, parameter_name
         assert bool(parameter.grad.any()), parameter_name
     assert all(
-        p.grad is None
-        for n, p in case.model.named_parameters()
-        if "lora" not in n and "fera" not in n
+        p.grad is None for n, p in case.model.named_parameters() if "lora" not in n and "fera" not in n
     )
 
 
@@ -64,9 +62,7 @@ def test_gradients_reach_the_router(name: str) -> None:
 def test_every_linear_of_the_video_model_is_batch_major() -> None:
     """Temporal blocks, positions, cross-attention context: B*F and B*H*W rows, each sample's together."""
     case = CASES["svd"](3)
-    targets = (
-        r".*\.(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out|linear_\d|time_emb_proj)"
-    )
+    targets = r".*\.(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out|linear_\d|time_emb_proj)"
     adapter = attach(case.model, CONFIG.override(target_modules=targets))
     randomise(adapter)
     rows = set()
@@ -142,9 +138,7 @@ def test_flux_latent_size() -> None:
     torch.testing.assert_close(adapter.gate, gate)
     case.run(img_ids=case.inputs["img_ids"][None])
     adapter.latent_size = (12, 40)
-    with pytest.raises(
-        ValueError, match=r"latent: adapter.latent_size must give .* 60 tokens, got 6 \* 20"
-    ):
+    with pytest.raises(ValueError, match=r"latent: adapter.latent_size must give .* 60 tokens, got 6 \* 20"):
         case.run()
     adapter.latent_size = None
     case.run(img_ids=case.inputs["img_ids"][None])
@@ -157,15 +151,11 @@ def test_flux_latent_size() -> None:
 def test_flux_errors() -> None:
     case = flux()
     attach(case.model, CONFIG)
-    with pytest.raises(
-        ValueError, match=r"latent: img_ids must give a height \* width of the 60 tokens"
-    ):
+    with pytest.raises(ValueError, match=r"latent: img_ids must give a height \* width of the 60 tokens"):
         case.run(img_ids=image_ids(12, 20)[:-3])
     with pytest.raises(ValueError, match=r"latent: img_ids must be \(T, 3\), got NoneType"):
         case.run(img_ids=None)
-    with pytest.raises(
-        ValueError, match=r"latent: hidden_states must be \(B, T, 4C\) packed tokens"
-    ):
+    with pytest.raises(ValueError, match=r"latent: hidden_states must be \(B, T, 4C\) packed tokens"):
         case.run(hidden_states=case.latent)
 
 
@@ -235,21 +225,15 @@ def test_own_latent_function() -> None:
 def test_no_latent_where_it_should_be(args: tuple[Any, ...], got: str) -> None:
     model = Odd()
     attach(model, CONFIG)
-    with pytest.raises(
-        ValueError, match=r"latent: the first argument of Odd must be a floating .*" + got
-    ):
+    with pytest.raises(ValueError, match=r"latent: the first argument of Odd must be a floating .*" + got):
         model(*args)
 
 
 @torch.no_grad()
 def test_five_axes_and_rings() -> None:
     case = plain()
-    adapter = attach(
-        case.model, FeraConfig(target_modules=["to_q"], bands=Bands.rings(4), num_experts=5)
-    )
+    adapter = attach(case.model, FeraConfig(target_modules=["to_q"], bands=Bands.rings(4), num_experts=5))
     case.run()
     assert adapter.gate is not None
     assert adapter.gate.shape == (2, 5)
-    torch.testing.assert_close(
-        adapter.gate, adapter.router.from_latent(case.latent, Bands.rings(4))
-    )
+    torch.testing.assert_close(adapter.gate, adapter.router.from_latent(case.latent, Bands.rings(4)))

@@ -42,7 +42,7 @@ def _rewrite(
     """A copy of the file with its tensors or its metadata changed in place."""
     with safe_open(file, framework="pt") as stream:
         data = stream.metadata()
-        values = {k: stream.get_tensor(k) for k in stream}
+        values = {k: stream.get_tensor(k) for k in stream.keys()}  # noqa: SIM118
     tensors(values)
     metadata(data)
     target = file.with_name("changed.safetensors")
@@ -114,9 +114,7 @@ def test_dtypes_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
         assert torch.equal(tensor, state[name])
     again.detach()
     wide = load_adapter(case.model, tmp_path, dtype=torch.float32)
-    assert all(
-        p.dtype == torch.float32 for n, p in wide.named_parameters() if n.startswith("layers")
-    )
+    assert all(p.dtype == torch.float32 for n, p in wide.named_parameters() if n.startswith("layers"))
 
 
 def test_custom_bands_travel_as_a_tensor(tmp_path: Path) -> None:
@@ -183,9 +181,7 @@ def test_model_with_other_layers(tmp_path: Path) -> None:
     file, _ = _saved(tmp_path)
     _refused(Plain(blocks=2), file, "none at blocks.2.to_q, blocks.2.to_out.0")
     _refused(Plain(blocks=4), file, "only in the model: blocks.3.to_out.0, blocks.3.to_q")
-    _refused(
-        Plain(width=8), file, r"blocks.0.to_q.lora_A must be of shape \(3, 4, 8\), got \(3, 4, 16\)"
-    )
+    _refused(Plain(width=8), file, r"blocks.0.to_q.lora_A must be of shape \(3, 4, 8\), got \(3, 4, 16\)")
     model = Plain()
     model.blocks[1].to_q = nn.Identity()
     _refused(model, file, "blocks.1.to_q must be a linear layer")
@@ -224,9 +220,7 @@ KEY = "layers.blocks.1.to_q.lora_B"
         (lambda t: t.clear(), "missing layers.blocks.0.to_out.0.lora_A.* and 8 more"),
     ],
 )
-def test_partly_matching(
-    tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], text: str
-) -> None:
+def test_partly_matching(tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], text: str) -> None:
     file, _ = _saved(tmp_path)
     _refused(Plain(), _rewrite(file, change), text)
 
@@ -258,9 +252,7 @@ def _config(**changes: Any) -> Callable[[dict[str, str]], None]:
         (_config(target_modules=["to_q"]), "only in the file"),
     ],
 )
-def test_foreign_metadata(
-    tmp_path: Path, change: Callable[[dict[str, str]], Any], text: str
-) -> None:
+def test_foreign_metadata(tmp_path: Path, change: Callable[[dict[str, str]], Any], text: str) -> None:
     file, _ = _saved(tmp_path)
     _refused(Plain(), _rewrite(file, metadata=change), text)
 
@@ -276,9 +268,7 @@ def test_the_base_model_itself_is_no_adapter(tmp_path: Path) -> None:
 
 def test_no_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.safetensors", tmp_path / "none.pt"):
-        with pytest.raises(
-            FileNotFoundError, match="load_adapter: path must be an adapter file or its dir"
-        ):
+        with pytest.raises(FileNotFoundError, match="load_adapter: path must be an adapter file or its dir"):
             load_adapter(Plain(), path)
 
 
@@ -296,9 +286,7 @@ def test_attached_model_is_refused_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
-def test_a_crash_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
+def test_a_crash_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     file, _want = _saved(tmp_path)
     old = file.read_bytes()
     case = plain()
@@ -333,7 +321,8 @@ def test_a_save_can_be_repeated_and_is_readable_by_others(tmp_path: Path) -> Non
 
     def save() -> tuple[dict[str, str], dict[str, bytes]]:
         with safe_open(adapter.save(tmp_path), framework="pt") as stream:
-            return stream.metadata(), {k: stream.get_tensor(k).numpy().tobytes() for k in stream}
+            names = list(stream.keys())
+            return stream.metadata(), {k: stream.get_tensor(k).numpy().tobytes() for k in names}
 
     first = save()
     assert save() == first
@@ -393,9 +382,7 @@ PREFIX = "base_model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.expe
         (lambda t: t.update(epoch=torch.tensor(3)), "unknown epoch"),
         (lambda t: t.update(epoch=3), "flat dict of tensors, got dict"),
         (
-            lambda t: t.update(
-                {f"{PREFIX}.3.lora_{s}.weight": torch.zeros(4, 4) for s in ("up", "down")}
-            ),
+            lambda t: t.update({f"{PREFIX}.3.lora_{s}.weight": torch.zeros(4, 4) for s in ("up", "down")}),
             r"experts.3.lora_down.weight must be \(4, in\)",
         ),
         (
@@ -403,9 +390,7 @@ PREFIX = "base_model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.expe
             r"experts.\d.lora_down.weight must be \(4, in\), the same for all experts, got",
         ),
         (
-            lambda t: t.update(
-                {f"{PREFIX}.{m}.lora_down.weight": torch.zeros(4, 31) for m in range(3)}
-            ),
+            lambda t: t.update({f"{PREFIX}.{m}.lora_down.weight": torch.zeros(4, 31) for m in range(3)}),
             r"attn1.to_q.lora_A must be of shape \(3, 4, 32\), got \(3, 4, 31\)",
         ),
         (lambda t: t.update({"router.net.2.bias": torch.zeros(4)}), "missing .*experts.3"),
@@ -448,9 +433,7 @@ def test_published_checkpoint_needs_its_alpha(golden: Any) -> None:
         GOLDEN / "author_adapter.pt",
         "lora_alpha must be given for a published checkpoint",
     )
-    _refused(
-        golden[0], GOLDEN / "author_adapter.pt", "rank must be an integer", lora_alpha=1.0, rank=0
-    )
+    _refused(golden[0], GOLDEN / "author_adapter.pt", "rank must be an integer", lora_alpha=1.0, rank=0)
 
 
 class Boom:
@@ -481,9 +464,7 @@ def test_truncated_published_checkpoint(golden: Any, tmp_path: Path, size: int) 
 
 def test_other_pickled_things(tmp_path: Path) -> None:
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
-    _refused(
-        Plain(), tmp_path / "list.pt", "must be a flat dict of tensors, got list", lora_alpha=1.0
-    )
+    _refused(Plain(), tmp_path / "list.pt", "must be a flat dict of tensors, got list", lora_alpha=1.0)
     torch.save(Block(4).state_dict(), tmp_path / "model.pt")
     _refused(Plain(), tmp_path / "model.pt", "unknown to_out.0.bias", lora_alpha=1.0)
 

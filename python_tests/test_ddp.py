@@ -53,9 +53,7 @@ def _worker(rank: int, store: str, out: str, name: str) -> None:
     """One process of the two; ends it."""
     faulthandler.dump_traceback_later(150, exit=True)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     case, adapter, target = _setup(name)
     model = DistributedDataParallel(case.model)
     rows = [2 * rank, 2 * rank + 1]
@@ -68,9 +66,7 @@ def _worker(rank: int, store: str, out: str, name: str) -> None:
         model.zero_grad()
         _step(model, adapter, inputs, part(target))
     if rank == 1:
-        with pytest.raises(
-            TypeError, match=r"attach: model must be the denoiser itself .* got Distributed"
-        ):
+        with pytest.raises(TypeError, match=r"attach: model must be the denoiser itself .* got Distributed"):
             attach(model)
     grads = {n: p.grad for n, p in adapter.named_parameters()}
     Path(f"{out}.{rank}").write_bytes(pickle.dumps(grads))
@@ -80,9 +76,7 @@ def _worker(rank: int, store: str, out: str, name: str) -> None:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this torch has no torch.distributed"
-)
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.parametrize("name", ["plain", "sd15", "checkpointed"])
 def test_two_processes(tmp_path: Path, name: str) -> None:
     code = "import sys, test_ddp; test_ddp._worker(int(sys.argv[1]), *sys.argv[2:])"

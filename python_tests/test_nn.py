@@ -38,13 +38,7 @@ def _formula(layer: FeraLinear, x: Tensor, out: Tensor) -> Tensor:
         row = out[n].clone()
         for m in range(layer.lora_A.shape[0]):
             down = x[n] @ layer.lora_A[m].T
-            row = (
-                row
-                + gate[n * gate.shape[0] // x.shape[0], m]
-                * layer.scale
-                * down
-                @ layer.lora_B[:, m].T
-            )
+            row = row + gate[n * gate.shape[0] // x.shape[0], m] * layer.scale * down @ layer.lora_B[:, m].T
         rows.append(row)
     return torch.stack(rows)
 
@@ -83,9 +77,7 @@ def test_router_is_the_formula() -> None:
 def test_router_from_latent_is_the_two_steps() -> None:
     router = SoftFrequencyRouter(3, 4)
     z = torch.randn(2, 4, 9, 7)
-    _close(
-        router.from_latent(z, Bands.rings(3)), router(ops.frequency_energy(z, Bands.rings(3))), 1e-6
-    )
+    _close(router.from_latent(z, Bands.rings(3)), router(ops.frequency_energy(z, Bands.rings(3))), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -267,9 +259,7 @@ def test_copies_share_a_state_of_their_own() -> None:
 def test_errors() -> None:
     layer = _layer()
     layer.source.gate = None
-    with pytest.raises(
-        RuntimeError, match="FeraLinear: gate must be computed by a call of the denoiser"
-    ):
+    with pytest.raises(RuntimeError, match="FeraLinear: gate must be computed by a call of the denoiser"):
         layer(torch.randn(4, 8))
     with pytest.raises(ValueError, match=r"FeraLinear: base must be a linear layer .* got Conv2d"):
         _layer(nn.Conv2d(3, 3, 1))

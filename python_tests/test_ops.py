@@ -272,3 +272,20 @@ def test_compile_several_definitions(device: torch.device) -> None:
         y = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).to(device)
         with torch.compiler.set_stance("fail_on_recompile") if seed else torch.compiler.set_stance("default"):
             assert tolerances.error(compiled(z, y), call(z, y)) <= 1e-6
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("sample", ALL, ids=str)
+def test_under_checkpoint(sample: Sample, reentrant: bool, device: torch.device) -> None:
+    """Recomputed in backward, every operator gives the gradients it gives otherwise."""
+    given = sample.cast(torch.float32, device)
+    _, expected = given.gradients(ops)
+    leaves = [given.arguments[n] for n in given.leaves]
+
+    def call(*values: torch.Tensor) -> torch.Tensor:
+        return getattr(ops, sample.op)(**{**given.arguments, **dict(zip(given.leaves, values))})
+
+    out = torch.utils.checkpoint.checkpoint(call, *leaves, use_reentrant=reentrant)
+    out.backward(given.upstream(out))
+    for leaf, grad in zip(leaves, expected):
+        assert tolerances.error(leaf.grad, grad) <= 1e-6

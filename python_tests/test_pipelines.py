@@ -114,9 +114,7 @@ def _by_hand(pipe: Any, adapter: FeraAdapter, z: Tensor, halves: list[dict[str, 
     scheduler.set_timesteps(STEPS)
     z = z * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        off, on = (
-            pipe.unet(scheduler.scale_model_input(z, t), t, **half).sample for half in halves
-        )
+        off, on = (pipe.unet(scheduler.scale_model_input(z, t), t, **half).sample for half in halves)
         z = scheduler.step(off + GUIDANCE * (on - off), t, z).prev_sample
     return z
 
@@ -182,9 +180,7 @@ def test_stable_diffusion_xl(xl_pipe: Any) -> None:
     assert float((on - want).abs().max()) > 1e-2
     ids = torch.tensor([[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]])
     for b, prompt in enumerate(prompts):
-        text, negative, pooled, negative_pooled = xl_pipe.encode_prompt(
-            prompt, negative_prompt="bad"
-        )
+        text, negative, pooled, negative_pooled = xl_pipe.encode_prompt(prompt, negative_prompt="bad")
         halves = [
             {"encoder_hidden_states": e, "added_cond_kwargs": {"text_embeds": p, "time_ids": ids}}
             for e, p in ((negative, negative_pooled), (text, pooled))

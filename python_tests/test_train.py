@@ -139,7 +139,13 @@ def test_accumulation_waits_and_averages(model: Path, images: Path, tmp_path: Pa
     assert losses(split) == losses(again)
     # The first figure is the mean over the four single images, before any update.
     _, singles = train(
-        model, images, tmp_path / "c", train_batch_size=1, learning_rate=1e-30, max_train_steps=4, fecl_weight=0.0
+        model,
+        images,
+        tmp_path / "c",
+        train_batch_size=1,
+        learning_rate=1e-30,
+        max_train_steps=4,
+        fecl_weight=0.0,
     )
     assert split[0]["loss"] == pytest.approx(np.mean(losses(singles)), rel=1e-5)
 
@@ -326,7 +332,8 @@ def test_processes_share_the_stream_without_overlap() -> None:
 
 
 def test_command_trains(model: Path, images: Path, tmp_path: Path) -> None:
-    line = arguments(model, images, tmp_path / "out", "--checkpointing-steps", "1", "--report-to", "tensorboard")
+    more = ("--checkpointing-steps", "1", "--report-to", "tensorboard")
+    line = arguments(model, images, tmp_path / "out", *more)
     result = command(*line)
     assert result.exit_code == 0, result.output
     assert "adapter saved" in result.stdout
@@ -388,9 +395,7 @@ def test_no_matching_layer(model: Path, images: Path, tmp_path: Path) -> None:
     assert "to_query" in one_line_error(command(*line), 1)
 
 
-def test_full_disk(
-    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk(model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(model, images, tmp_path, checkpointing_steps=1, max_train_steps=1)
 
     def full(*_: Any, **__: Any) -> None:
@@ -431,9 +436,7 @@ def test_loss_that_is_not_finite(model: Path, images: Path, tmp_path: Path) -> N
         train(model, images, tmp_path, learning_rate=1e30, max_grad_norm=1e30, max_train_steps=5)
 
 
-def test_missing_package(
-    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_package(model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     message = one_line_error(command(*arguments(model, images, tmp_path / "out")), 1)
     assert "must be installed" in message

@@ -62,7 +62,7 @@ def test_families_are_diffusers_classes() -> None:
 
 def test_unknown_class_names_the_known(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
-    with pytest.raises(TrainError, match="StableDiffusionPipeline.*KandinskyPipeline"):
+    with pytest.raises(TrainError, match=r"StableDiffusionPipeline.*KandinskyPipeline"):
         load_family(str(tmp_path), torch.device("cpu"), torch.float32)
 
 

@@ -22,7 +22,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "fera_ext" / "demo"))
-from photos import PATCH, Photo, random_patches  # noqa: E402
+from photos import PATCH, Photo, random_patches
 
 PHOTOS = (
     Photo("astronaut", "skimage.data", "astronaut.png", 1.0),

@@ -1,6 +1,6 @@
 // band_energy on CUDA: rows, columns, finish; backward: rows, filter, rows back.
-#include "band_energy/energies.cuh"
 #include "band_energy/band_energy.h"
+#include "band_energy/energies.cuh"
 
 namespace fera {
 namespace cuda {
@@ -34,8 +34,7 @@ extern "C" fera_status fera_band_energy_cuda(const fera_band_energy_args* a, con
   FERA_RETURN_IF_ERROR(check_workspace("band_energy", context, fera_band_energy_workspace(a, FERA_CUDA)));
   if (a->z.n == 0) return FERA_OK;
   cuda::Partials partials;
-  FERA_RETURN_IF_ERROR(
-      cuda::launch_energies("band_energy", cuda::source_of(a->z), a->filters, context, &partials));
+  FERA_RETURN_IF_ERROR(cuda::launch_energies("band_energy", cuda::source_of(a->z), a->filters, context, &partials));
   dispatch_compute(a->z.dtype, [&](auto tag) {
     using Real = typename decltype(tag)::type;
     cuda::band_energy_finish<Real><<<static_cast<unsigned>(a->z.n), 128, 0, cuda::stream_of(context)>>>(

@@ -1,5 +1,4 @@
 #include "band_energy/energies.cuh"
-
 #include "band_energy/separable.cuh"
 #include "band_energy/spectral.cuh"
 
@@ -105,8 +104,8 @@ void spectral_adjoint(const Source& s, const fera_filters& f, const Coefficients
   dispatch(s.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (std::is_same_v<Compute<T>, Real>)
-      spectral_rows_back<T><<<rows, kThreads, bytes, stream>>>(s, make_fft_plan(s.w), l.row_lanes, l.spectrum, f.bands,
-                                                               from, dz);
+      spectral_rows_back<T>
+          <<<rows, kThreads, bytes, stream>>>(s, make_fft_plan(s.w), l.row_lanes, l.spectrum, f.bands, from, dz);
     return FERA_OK;
   });
 }

@@ -30,7 +30,7 @@ __device__ inline Complex<Real> conjugate_if(bool yes, Complex<Real> a) {
 struct FftPlan {
   int length;
   int stages;
-  int radix[10]; // 2^9 = 512 has the most factors, and fewer once 8 and 4 are used
+  int radix[10];  // 2^9 = 512 has the most factors, and fewer once 8 and 4 are used
 };
 
 inline FftPlan make_fft_plan(int length) {
@@ -72,8 +72,7 @@ __device__ inline void register_stage(const Complex<Real>* x, Complex<Real>* y, 
     for (int r = 0; r < P; ++r) {
       Complex<Real> sum = a[0];
 #pragma unroll
-      for (int i = 1; i < P; ++i)
-        sum = sum + conjugate_if(inverse, twiddle[(i * r % P) * (length / P)]) * a[i];
+      for (int i = 1; i < P; ++i) sum = sum + conjugate_if(inverse, twiddle[(i * r % P) * (length / P)]) * a[i];
       const Complex<Real> w = conjugate_if(inverse, twiddle[j * r * (length / n)]);
       y[(q + s * (P * j + r)) * pitch + lane] = r == 0 ? sum : w * sum;
     }
@@ -81,8 +80,8 @@ __device__ inline void register_stage(const Complex<Real>* x, Complex<Real>* y, 
 }
 
 template <class Real>
-__device__ inline void direct_stage(const Complex<Real>* x, Complex<Real>* y, const Complex<Real>* twiddle,
-                                    int length, int n, int s, int p, int lanes, int pitch, bool inverse) {
+__device__ inline void direct_stage(const Complex<Real>* x, Complex<Real>* y, const Complex<Real>* twiddle, int length,
+                                    int n, int s, int p, int lanes, int pitch, bool inverse) {
   const int m = n / p;
   for (int t = threadIdx.x; t < n * s * lanes; t += blockDim.x) {
     const int lane = t % lanes, q = (t / lanes) % s, r = (t / lanes / s) % p, j = t / lanes / s / p;
@@ -146,7 +145,8 @@ template <class Real>
 inline int lanes_for(int length, int buffers) {
   const size_t budget = 46 * 1024 - length * sizeof(Complex<Real>);
   int lanes = 16;
-  while (lanes > 1 && buffers * static_cast<size_t>(length) * pitch_of(lanes) * sizeof(Complex<Real>) > budget) lanes /= 2;
+  while (lanes > 1 && buffers * static_cast<size_t>(length) * pitch_of(lanes) * sizeof(Complex<Real>) > budget)
+    lanes /= 2;
   return lanes;
 }
 

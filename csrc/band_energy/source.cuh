@@ -6,7 +6,7 @@
 
 namespace fera::cuda {
 
-struct View { // a strided (N, P, H, W) tensor
+struct View {  // a strided (N, P, H, W) tensor
   void* data;
   int64_t stride_n, stride_p, stride_h, stride_w;
 
@@ -18,8 +18,8 @@ struct View { // a strided (N, P, H, W) tensor
 inline View view_of(const fera_latent& z) { return {z.data, z.stride_n, z.stride_p, z.stride_h, z.stride_w}; }
 
 struct Source {
-  View whole;       // z, or fera
-  View minus[2];    // base and target (signals == 2)
+  View whole;     // z, or fera
+  View minus[2];  // base and target (signals == 2)
   int64_t n;
   int p, h, w, signals;
   fera_dtype dtype;
@@ -53,11 +53,11 @@ __device__ inline Compute<T> read(const Source& s, int64_t v, int p, int h, int 
 
 // Where the gradient's coefficients come from: dz = sum_s (sum_k c[s][k] H_k^T H_k s + c[s][K] s).
 struct Coefficients {
-  const double* table;   // FECL: (N, 2, K+1); scaled by *grad_loss
-  const void* grad_loss; // FECL: scalar, compute dtype
-  const void* grad;      // band energies: (N, K), compute dtype
-  const void* indicator; // with grad: (N, K), or NULL
-  const double* total;   // with grad: (N), or NULL
+  const double* table;    // FECL: (N, 2, K+1); scaled by *grad_loss
+  const void* grad_loss;  // FECL: scalar, compute dtype
+  const void* grad;       // band energies: (N, K), compute dtype
+  const void* indicator;  // with grad: (N, K), or NULL
+  const double* total;    // with grad: (N), or NULL
 };
 
 // Writes the signals*(K+1) coefficients of sample n, scaled by a power of two to at most 1, to `c`;

@@ -60,8 +60,7 @@ __device__ inline void load_columns(const Complex<Real>* plane, int h, int w, in
                                     Complex<Real>* to) {
   for (int t = threadIdx.x; t < lanes * h; t += kThreads) {
     const int lane = t % lanes, y = t / lanes;
-    to[y * pitch + lane] =
-        first + lane < w ? plane[static_cast<int64_t>(y) * w + first + lane] : Complex<Real>{0, 0};
+    to[y * pitch + lane] = first + lane < w ? plane[static_cast<int64_t>(y) * w + first + lane] : Complex<Real>{0, 0};
   }
 }
 
@@ -148,8 +147,7 @@ __global__ void __launch_bounds__(kThreads)
   const Complex<Real>* out = fft(sum, shared.b, shared.twiddle, plan, lanes, pitch, true);
   for (int t = threadIdx.x; t < lanes * h; t += kThreads) {
     const int lane = t % lanes, y = t / lanes;
-    if (first + lane < w)
-      spectrum[plane * h * w + static_cast<int64_t>(y) * w + first + lane] = out[y * pitch + lane];
+    if (first + lane < w) spectrum[plane * h * w + static_cast<int64_t>(y) * w + first + lane] = out[y * pitch + lane];
   }
 }
 

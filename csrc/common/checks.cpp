@@ -71,13 +71,12 @@ fera_status check_experts(const char* op, const fera_experts& e) {
              "tokens, in and out", "below 2^31, 2^24 and 2^24", std::max(e.tokens, std::max(e.in, e.out)));
   FERA_CHECK(op, e.experts >= 1 && e.experts <= FERA_MAX_EXPERTS, "experts", "from 1 to 32", e.experts);
   FERA_CHECK(op, e.rank >= 1 && stacked <= FERA_MAX_RANK, "experts * rank", "from 1 to 512", stacked);
-  FERA_CHECK(op, is_dtype(e.a_dtype) && is_dtype(e.b_dtype), "lora dtype",
-             "float32, float16, bfloat16 or float64", static_cast<int>(e.a_dtype));
+  FERA_CHECK(op, is_dtype(e.a_dtype) && is_dtype(e.b_dtype), "lora dtype", "float32, float16, bfloat16 or float64",
+             static_cast<int>(e.a_dtype));
   FERA_CHECK(op, e.rows_per_gate >= 1 || e.tokens == 0, "rows_per_gate", "positive", e.rows_per_gate);
   FERA_CHECK(op, e.tokens == 0 || e.tokens % e.rows_per_gate == 0, "tokens",
              "a multiple of rows_per_gate " + std::to_string(e.rows_per_gate), e.tokens);
-  FERA_CHECK(op, e.lora_a && e.lora_b && (e.gate || e.tokens == 0), "lora_a, lora_b and gate", "pointers",
-             "NULL");
+  FERA_CHECK(op, e.lora_a && e.lora_b && (e.gate || e.tokens == 0), "lora_a, lora_b and gate", "pointers", "NULL");
   FERA_CHECK(op, std::isfinite(e.scale), "scale", "finite", e.scale);
   return FERA_OK;
 }
@@ -113,8 +112,8 @@ fera_status check(const fera_router_softmax_backward_args& a) {
   FERA_RETURN_IF_ERROR(check_router(op, a.router));
   FERA_CHECK(op, a.n >= 0 && a.n < (int64_t{1} << 31), "n", "from 0 to 2^31 - 1", a.n);
   FERA_CHECK(op, (a.energy && a.gate && a.grad) || a.n == 0, "energy, gate and grad", "pointers", "NULL");
-  FERA_CHECK(op, !a.dw1 == !a.db1 && !a.dw1 == !a.dw2 && !a.dw1 == !a.db2, "dw1, db1, dw2 and db2",
-             "given together", "some");
+  FERA_CHECK(op, !a.dw1 == !a.db1 && !a.dw1 == !a.dw2 && !a.dw1 == !a.db2, "dw1, db1, dw2 and db2", "given together",
+             "some");
   return FERA_OK;
 }
 
@@ -126,8 +125,8 @@ fera_status check(const fera_latent_gate_args& a) {
   FERA_CHECK(op, a.energy.eps >= 0 && std::isfinite(a.energy.eps), "eps", "finite and not negative", a.energy.eps);
   FERA_CHECK(op, a.router.bands == a.energy.filters.bands, "w1 columns",
              "the number of bands " + std::to_string(a.energy.filters.bands), a.router.bands);
-  FERA_CHECK(op, a.router.dtype == compute_dtype(a.energy.z.dtype), "router.dtype",
-             "the compute dtype of z", static_cast<int>(a.router.dtype));
+  FERA_CHECK(op, a.router.dtype == compute_dtype(a.energy.z.dtype), "router.dtype", "the compute dtype of z",
+             static_cast<int>(a.router.dtype));
   FERA_CHECK(op, (a.gate && a.energy.indicator) || a.energy.z.n == 0, "gate and indicator", "pointers", "NULL");
   return FERA_OK;
 }
@@ -158,8 +157,7 @@ namespace {
 
 fera_status check_rows(const char* op, const char* name, const fera_rows& rows, fera_dtype dtype, int64_t tokens,
                        int64_t width) {
-  FERA_CHECK(op, rows.dtype == dtype, std::string(name) + ".dtype", "the dtype of x",
-             static_cast<int>(rows.dtype));
+  FERA_CHECK(op, rows.dtype == dtype, std::string(name) + ".dtype", "the dtype of x", static_cast<int>(rows.dtype));
   FERA_CHECK(op, rows.data != nullptr || tokens == 0, name, "a pointer", "NULL");
   FERA_CHECK(op, rows.stride >= width || tokens <= 1, std::string(name) + ".stride",
              "at least " + std::to_string(width), rows.stride);
@@ -171,8 +169,7 @@ fera_status check_rows(const char* op, const char* name, const fera_rows& rows, 
 fera_status check(const fera_expert_update_args& a) {
   const char* op = "expert_update";
   FERA_RETURN_IF_ERROR(check_experts(op, a.experts));
-  FERA_CHECK(op, is_dtype(a.x.dtype), "x.dtype", "float32, float16, bfloat16 or float64",
-             static_cast<int>(a.x.dtype));
+  FERA_CHECK(op, is_dtype(a.x.dtype), "x.dtype", "float32, float16, bfloat16 or float64", static_cast<int>(a.x.dtype));
   // Rows of x and base may repeat (stride 0, an expanded tensor): they are only read.
   FERA_CHECK(op, (a.x.data && a.base.data && a.h) || a.experts.tokens == 0, "x, base and h", "pointers", "NULL");
   FERA_CHECK(op, a.base.dtype == a.x.dtype, "base.dtype", "the dtype of x", static_cast<int>(a.base.dtype));
@@ -182,8 +179,7 @@ fera_status check(const fera_expert_update_args& a) {
 fera_status check(const fera_expert_update_backward_args& a) {
   const char* op = "expert_update_backward";
   FERA_RETURN_IF_ERROR(check_experts(op, a.experts));
-  FERA_CHECK(op, is_dtype(a.x.dtype), "x.dtype", "float32, float16, bfloat16 or float64",
-             static_cast<int>(a.x.dtype));
+  FERA_CHECK(op, is_dtype(a.x.dtype), "x.dtype", "float32, float16, bfloat16 or float64", static_cast<int>(a.x.dtype));
   FERA_CHECK(op, (a.x.data && a.dy.data && a.h) || a.experts.tokens == 0, "x, dy and h", "pointers", "NULL");
   FERA_CHECK(op, a.dy.dtype == a.x.dtype, "dy.dtype", "the dtype of x", static_cast<int>(a.dy.dtype));
   if (a.dx.data) return check_rows(op, "dx", a.dx, a.x.dtype, a.experts.tokens, a.experts.in);

@@ -34,13 +34,13 @@ fera_status invalid(const char* op, const std::string& argument, const std::stri
 
 }  // namespace fera
 
-#define FERA_CHECK(op, condition, argument, rule, value)                                   \
-  do {                                                                                     \
-    if (!(condition)) return ::fera::invalid(op, argument, rule, value);                   \
+#define FERA_CHECK(op, condition, argument, rule, value)                 \
+  do {                                                                   \
+    if (!(condition)) return ::fera::invalid(op, argument, rule, value); \
   } while (0)
 
-#define FERA_RETURN_IF_ERROR(expression)                                                   \
-  do {                                                                                     \
-    const fera_status fera_status_ = (expression);                                         \
-    if (fera_status_ != FERA_OK) return fera_status_;                                      \
+#define FERA_RETURN_IF_ERROR(expression)              \
+  do {                                                \
+    const fera_status fera_status_ = (expression);    \
+    if (fera_status_ != FERA_OK) return fera_status_; \
   } while (0)

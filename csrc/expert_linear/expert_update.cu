@@ -29,9 +29,8 @@ struct BackwardLayout {
 
 // grid (G, E): dgate[g][m] = scale * sum over the group's tokens and expert m's ranks of h dh.
 template <class T>
-__global__ void __launch_bounds__(256)
-    gate_gradient(const T* h, const Compute<T>* dh, int64_t rows_per_gate, int rank, Compute<T> scale,
-                  Compute<T>* dgate) {
+__global__ void __launch_bounds__(256) gate_gradient(const T* h, const Compute<T>* dh, int64_t rows_per_gate, int rank,
+                                                     Compute<T> scale, Compute<T>* dgate) {
   using Real = Compute<T>;
   __shared__ Real scratch[32];
   const int64_t group = blockIdx.x, experts = gridDim.y, first = group * rows_per_gate;
@@ -50,8 +49,7 @@ void forward(const fera_expert_update_args& a, cudaStream_t stream) {
   const fera_experts& e = a.experts;
   const int64_t stacked = int64_t{e.experts} * e.rank;
   T* h = static_cast<T*>(a.h);
-  launch_product<Real, 128, 16>(e.tokens, stacked, e.in, 1,
-                                RowsOperand<T>{static_cast<const T*>(a.x.data), a.x.stride},
+  launch_product<Real, 128, 16>(e.tokens, stacked, e.in, 1, RowsOperand<T>{static_cast<const T*>(a.x.data), a.x.stride},
                                 WeightOperand<T>{e.lora_a, e.a_dtype, 1, e.in}, AddRows<T>{h, stacked, nullptr, 0},
                                 stream);
   launch_product<Real, 64, 64>(
@@ -65,8 +63,8 @@ void forward(const fera_expert_update_args& a, cudaStream_t stream) {
 template <class Real>
 void sum_slices(const Real* partial, int64_t slices, int64_t m, int64_t n, void* out, fera_dtype dtype,
                 int64_t stride_m, int64_t stride_n, cudaStream_t stream) {
-  add_slices<Real><<<static_cast<unsigned>(ceil_div(m * n, int64_t{256})), 256, 0, stream>>>(
-      partial, slices, m, n, out, dtype, stride_m, stride_n);
+  add_slices<Real><<<static_cast<unsigned>(ceil_div(m * n, int64_t{256})), 256, 0, stream>>>(partial, slices, m, n, out,
+                                                                                             dtype, stride_m, stride_n);
 }
 
 template <class T>
@@ -88,19 +86,17 @@ void backward(const fera_expert_update_backward_args& a, const BackwardLayout<Co
     }
     if (a.dx.data) {
       T* dx = static_cast<T*>(a.dx.data);
-      launch_product<Real, 64, 64>(
-          e.tokens, e.in, stacked, 1,
-          GatedOperand<T, Real>{l.dh, gate, e.rows_per_gate, e.experts, e.rank, scale},
-          WeightOperand<T>{e.lora_a, e.a_dtype, e.in, 1},
-          AddRows<T>{dx, a.dx.stride, a.add_to_dx ? dx : nullptr, a.dx.stride}, stream);
+      launch_product<Real, 64, 64>(e.tokens, e.in, stacked, 1,
+                                   GatedOperand<T, Real>{l.dh, gate, e.rows_per_gate, e.experts, e.rank, scale},
+                                   WeightOperand<T>{e.lora_a, e.a_dtype, e.in, 1},
+                                   AddRows<T>{dx, a.dx.stride, a.add_to_dx ? dx : nullptr, a.dx.stride}, stream);
     }
   }
   if (a.da) {
     if (slices > 0)
-      launch_product<Real, 128, 16>(
-          e.in, stacked, e.tokens, slices, RowsOperand<T, true>{x, a.x.stride},
-          GatedOperand<T, Real>{l.dh, gate, e.rows_per_gate, e.experts, e.rank, scale},
-          StorePartial<Real>{l.partial, e.in, stacked}, stream);
+      launch_product<Real, 128, 16>(e.in, stacked, e.tokens, slices, RowsOperand<T, true>{x, a.x.stride},
+                                    GatedOperand<T, Real>{l.dh, gate, e.rows_per_gate, e.experts, e.rank, scale},
+                                    StorePartial<Real>{l.partial, e.in, stacked}, stream);
     sum_slices(l.partial, slices, e.in, stacked, a.da, e.a_dtype, 1, e.in, stream);
   }
   if (a.db) {

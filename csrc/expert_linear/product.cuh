@@ -51,7 +51,7 @@ template <class T>
 struct AddRows {
   T* y;
   int64_t stride;
-  const T* base; // or NULL
+  const T* base;  // or NULL
   int64_t base_stride;
   __device__ void operator()(int64_t m, int64_t n, int, Compute<T> value) const {
     if (base != nullptr) value += widen(base[m * base_stride + n]);

@@ -50,8 +50,8 @@ extern "C" fera_status fera_fecl_loss_cuda(const fera_fecl_loss_args* a, const f
                                                context, &partials));
   dispatch_compute(a->fera.dtype, [&](auto tag) {
     using Real = typename decltype(tag)::type;
-    cuda::fecl_loss_finish<Real><<<1, 256, 0, cuda::stream_of(context)>>>(
-        partials, a->fera.n, a->filters.bands, a->eps, static_cast<Real*>(a->loss), a->coefficients);
+    cuda::fecl_loss_finish<Real><<<1, 256, 0, cuda::stream_of(context)>>>(partials, a->fera.n, a->filters.bands, a->eps,
+                                                                          static_cast<Real*>(a->loss), a->coefficients);
     return FERA_OK;
   });
   return cuda::launch_status("fecl_loss");
@@ -61,8 +61,7 @@ extern "C" fera_status fera_fecl_loss_backward_cuda(const fera_fecl_loss_backwar
                                                     const fera_context* context) {
   using namespace fera;
   FERA_RETURN_IF_ERROR(check(*a));
-  FERA_RETURN_IF_ERROR(
-      check_workspace("fecl_loss_backward", context, fera_fecl_loss_backward_workspace(a, FERA_CUDA)));
+  FERA_RETURN_IF_ERROR(check_workspace("fecl_loss_backward", context, fera_fecl_loss_backward_workspace(a, FERA_CUDA)));
   if (a->fera.n == 0) return FERA_OK;
   const cuda::Coefficients from{a->coefficients, a->grad, nullptr, nullptr, nullptr};
   return cuda::launch_adjoint("fecl_loss_backward", cuda::source_of(a->base, a->fera, a->target), a->filters, from,

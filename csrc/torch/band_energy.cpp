@@ -80,8 +80,7 @@ void register_kernels(torch::Library& m) {
 
 TORCH_LIBRARY_FRAGMENT(fera_ext, m) {
   m.def("band_energy(Tensor z, Tensor table, Tensor? right, Tensor? mix, int[] reach) -> Tensor");
-  m.def(
-      "band_energy_backward(Tensor grad, Tensor z, Tensor table, Tensor? right, Tensor? mix, int[] reach) -> Tensor");
+  m.def("band_energy_backward(Tensor grad, Tensor z, Tensor table, Tensor? right, Tensor? mix, int[] reach) -> Tensor");
   m.def(
       "frequency_energy(Tensor z, Tensor table, Tensor? right, Tensor? mix, int[] reach, float eps)"
       " -> (Tensor, Tensor)");

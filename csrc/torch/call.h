@@ -38,7 +38,9 @@ inline fera_dtype dtype_of(const char* op, const char* name, const Tensor& t) {
   }
 }
 
-inline at::ScalarType compute_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::ScalarType compute_type(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 inline at::TensorOptions compute_options(const Tensor& t) { return t.options().dtype(compute_type(t)); }
 
 inline void require_same_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {

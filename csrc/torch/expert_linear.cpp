@@ -88,8 +88,7 @@ std::tuple<Tensor, Tensor> update(const char* op, const Tensor& base, const Tens
 }
 
 std::tuple<Tensor, Tensor> expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                         const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate,
-                                         double scale) {
+                                         const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate, double scale) {
   const char* op = "expert_linear";
   const DeviceScope scope(x);
   dtype_of(op, "x", x);
@@ -115,7 +114,9 @@ std::tuple<Tensor, Tensor> expert_update(const Tensor& base_out, const Tensor& x
   const char* op = "expert_update";
   const DeviceScope scope(x);
   dtype_of(op, "x", x);
-  FERA_REQUIRE(op, x.dim() >= 2 && base_out.dim() == x.dim() && base_out.sizes().slice(0, x.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
+  FERA_REQUIRE(op,
+               x.dim() >= 2 && base_out.dim() == x.dim() &&
+                   base_out.sizes().slice(0, x.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
                "base_out", c10::str("(N, ..., out) with the leading sizes of x ", x.sizes()), base_out.sizes());
   FERA_REQUIRE(op, base_out.scalar_type() == x.scalar_type(), "base_out", c10::str("of x's dtype ", x.scalar_type()),
                base_out.scalar_type());
@@ -139,7 +140,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& 
   const Tensor h_rows = h.contiguous();
   FERA_REQUIRE(op, h.scalar_type() == x.scalar_type() && h.sizes() == at::IntArrayRef(with_last(x, experts.stacked())),
                "h", "what forward returned", h.sizes());
-  auto like = [](bool yes, const Tensor& t) { return yes ? at::empty(t.sizes(), t.options()) : at::empty({0}, t.options()); };
+  auto like = [](bool yes, const Tensor& t) {
+    return yes ? at::empty(t.sizes(), t.options()) : at::empty({0}, t.options());
+  };
   Tensor dx;
   if (wanted[0] && weight.has_value())
     dx = at::matmul(dy, *weight).contiguous();
@@ -174,9 +177,8 @@ std::tuple<Tensor, Tensor> expert_linear_autocast(const Tensor& x, const Tensor&
                                                   double scale) {
   const c10::impl::ExcludeDispatchKeyGuard guard(Key);
   const at::ScalarType type = at::autocast::get_autocast_dtype(Device);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fera_ext::expert_linear", "")
-                             .typed<decltype(expert_linear)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fera_ext::expert_linear", "").typed<decltype(expert_linear)>();
   return op.call(at::autocast::cached_cast(type, x, Device), at::autocast::cached_cast(type, weight, Device),
                  at::autocast::cached_cast(type, bias, Device), lora_a, lora_b, gate, scale);
 }
@@ -185,9 +187,8 @@ template <c10::DeviceType Device, c10::DispatchKey Key>
 std::tuple<Tensor, Tensor> expert_update_autocast(const Tensor& base_out, const Tensor& x, const Tensor& lora_a,
                                                   const Tensor& lora_b, const Tensor& gate, double scale) {
   const c10::impl::ExcludeDispatchKeyGuard guard(Key);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fera_ext::expert_update", "")
-                             .typed<decltype(expert_update)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fera_ext::expert_update", "").typed<decltype(expert_update)>();
   // The base layer has chosen its output's dtype already; x follows it.
   return op.call(base_out, x.to(base_out.scalar_type()), lora_a, lora_b, gate, scale);
 }

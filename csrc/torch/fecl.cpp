@@ -27,8 +27,13 @@ std::tuple<Tensor, Tensor> fecl_loss(const Tensor& base, const Tensor& fera, con
   const Filters filters(op, fera, table, right, mix, reach);
   const Tensor loss = at::empty({}, compute_options(fera));
   const Tensor coefficients = at::empty({fera.size(0), 2, filters.view.bands + 1}, fera.options().dtype(at::kDouble));
-  const fera_fecl_loss_args args{latents.base.view, latents.fera.view, latents.target.view, filters.view, eps,
-                                 loss.data_ptr(),   coefficients.data_ptr<double>()};
+  const fera_fecl_loss_args args{latents.base.view,
+                                 latents.fera.view,
+                                 latents.target.view,
+                                 filters.view,
+                                 eps,
+                                 loss.data_ptr(),
+                                 coefficients.data_ptr<double>()};
   FERA_CALL(fera, fecl_loss, args);
   return {loss, coefficients};
 }
@@ -48,8 +53,9 @@ Tensor fecl_loss_backward(const Tensor& grad, const Tensor& coefficients, const 
   const Tensor upstream = grad.to(compute_type(fera)), c = coefficients.contiguous();
   const Tensor dfera = at::empty(fera.sizes(), fera.options());
   const Latent out(op, "dfera", dfera);
-  const fera_fecl_loss_backward_args args{latents.base.view,   latents.fera.view,   latents.target.view, filters.view,
-                                          c.data_ptr<double>(), upstream.data_ptr(), out.view};
+  const fera_fecl_loss_backward_args args{latents.base.view, latents.fera.view,    latents.target.view,
+                                          filters.view,      c.data_ptr<double>(), upstream.data_ptr(),
+                                          out.view};
   FERA_CALL(fera, fecl_loss_backward, args);
   return dfera;
 }

@@ -68,9 +68,7 @@ class FeraAdapter:
     @latent_size.setter
     def latent_size(self, size: tuple[int, int] | None) -> None:
         if size is not None and not (len(size) == 2 and all(int(s) == s and s > 0 for s in size)):
-            raise ValueError(
-                f"FeraAdapter: latent_size must be (height, width) or None, got {size!r}"
-            )
+            raise ValueError(f"FeraAdapter: latent_size must be (height, width) or None, got {size!r}")
         self._routing.size.given = None if size is None else (int(size[0]), int(size[1]))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -176,8 +174,7 @@ class FeraAdapter:
         lines = [
             f"{count} of {total} linears of {type(self.model).__name__} adapted, {size:,} parameters: "
             f"{config.num_experts} experts of rank {config.rank}, alpha {config.lora_alpha:g}, "
-            f"{config.bands.name} bands ({config.bands.count})"
-            + ("" if self._attached else "; detached")
+            f"{config.bands.name} bands ({config.bands.count})" + ("" if self._attached else "; detached")
         ]
         if isinstance(config.target_modules, str):
             lines.append(f"  /{config.target_modules}/: {count}")

@@ -68,9 +68,7 @@ def _no_match(model: nn.Module, targets: Sequence[str] | str) -> str:
     asked = [targets] if isinstance(targets, str) else list(targets)
     near: list[str] = []
     for target in asked:
-        near += [
-            n for n in difflib.get_close_matches(target, suffixes, n=5, cutoff=0.5) if n not in near
-        ]
+        near += [n for n in difflib.get_close_matches(target, suffixes, n=5, cutoff=0.5) if n not in near]
     if not near:
         near = sorted({_suffixes(p)[0] for p in paths})[:12]
     return (

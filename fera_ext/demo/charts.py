@@ -24,7 +24,7 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 42
 
 @dataclass(frozen=True)
 class Line:
-    """A named line of (x, y) points; ``style`` picks colour, dash and marker, so that a method keeps its own."""
+    """A named line of (x, y) points; ``style`` picks colour, dash and marker: a method keeps its own."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -60,7 +60,8 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, from_zero: 
             px, _ = at(x, y_low)
             parts.append(f'<text x="{px:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{x:g}</text>')
     parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
         f'<text transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2}" y="12" text-anchor="middle">'
         f"{escape(y_label)}</text>"
     )
@@ -99,9 +100,8 @@ def _marker(style: int, x: float, y: float, colour: str, label: str) -> str:
     if shape == "circle":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.4" fill="{colour}">{title}</circle>'
     if shape == "square":
-        return (
-            f'<rect x="{x - 3.2:.1f}" y="{y - 3.2:.1f}" width="6.4" height="6.4" fill="{colour}">{title}</rect>'
-        )
+        corner = f'x="{x - 3.2:.1f}" y="{y - 3.2:.1f}"'
+        return f'<rect {corner} width="6.4" height="6.4" fill="{colour}">{title}</rect>'
     points = f"{x:.1f},{y - 4:.1f} {x - 4:.1f},{y + 3.2:.1f} {x + 4:.1f},{y + 3.2:.1f}"
     return f'<polygon points="{points}" fill="{colour}">{title}</polygon>'
 
@@ -130,9 +130,7 @@ def picture_grid(images: np.ndarray, alt: str, columns: int = 4, gap: int = 1) -
     """(N, H, W, 3) uint8 as one embedded PNG; the page enlarges it without blur."""
     count, height, width, _ = images.shape
     rows = math.ceil(count / columns)
-    sheet = np.full(
-        (rows * (height + gap) - gap, columns * (width + gap) - gap, 4), 0, dtype=np.uint8
-    )
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), 0, dtype=np.uint8)
     for i, image in enumerate(images):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         sheet[top : top + height, left : left + width, :3] = image

@@ -9,7 +9,7 @@ import typer
 
 STEPS = 160
 RELOAD_TOLERANCE = 1e-5
-"""Largest difference of samples in [-1, 1] after reloading; they are equal where products are deterministic."""
+"""Largest difference of samples in [-1, 1] after reloading; equal where products are deterministic."""
 
 
 class DemoError(Exception):
@@ -17,13 +17,13 @@ class DemoError(Exception):
 
 
 def demo(
-    output_dir: Annotated[Path, typer.Option(help="Where the report and the adapter go.")] = Path("fera-demo"),
+    output_dir: Annotated[Path, typer.Option(help="Where the report and adapter go.")] = Path("fera-demo"),
     steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps of each method.")] = STEPS,
     seed: Annotated[int, typer.Option(min=0, help="Of all random draws.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
     open_report: Annotated[
         Optional[bool],  # noqa: UP045 (typer evaluates it)
-        typer.Option("--open/--no-open", help="Open the report; by default only from a terminal with a desktop."),
+        typer.Option("--open/--no-open", help="Open the report; by default from a terminal with a desktop."),
     ] = None,
 ) -> None:
     """Fine-tune a small diffusion model with FeRA and with plain LoRA, compare them, write a report.
@@ -52,7 +52,9 @@ def _has_desktop() -> bool:
     import os
     import sys
 
-    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    if sys.platform in ("darwin", "win32"):
+        return True
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def _pick_device(asked: str) -> Any:
@@ -92,7 +94,9 @@ def _run(console: Any, output_dir: Path, steps: int, seed: int, asked: str) -> P
         import diffusers
         import skimage  # noqa: F401
     except ImportError as error:
-        raise DemoError(f"diffusers and scikit-image must be installed, got {error} (pip install 'fera-ext[demo]')") from error
+        raise DemoError(
+            f"diffusers and scikit-image must be installed, got {error} (pip install 'fera-ext[demo]')"
+        ) from error
     diffusers.utils.logging.set_verbosity_error()
     device = _pick_device(asked)
     from fera_ext.demo.report import write
@@ -108,5 +112,7 @@ def _run(console: Any, output_dir: Path, steps: int, seed: int, asked: str) -> P
         raise DemoError(f"{error.filename or output_dir}: {error.strerror or error}") from error
     results(console, outcome, report)
     if not outcome.reload_error <= RELOAD_TOLERANCE:
-        raise DemoError(f"samples after reloading must be the same, got a difference of {outcome.reload_error:.1e}")
+        raise DemoError(
+            f"samples after reloading must be the same, got {outcome.reload_error:.1e} between them"
+        )
     return report

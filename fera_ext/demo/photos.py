@@ -78,9 +78,7 @@ def random_patches(
         left = int(rng.integers(0, width - side + 1))
         patch = image[top : top + side, left : left + side]
         if side != size:
-            patch = np.asarray(
-                Image.fromarray(patch).resize((size, size), Image.Resampling.BOX)
-            )
+            patch = np.asarray(Image.fromarray(patch).resize((size, size), Image.Resampling.BOX))
         out[i] = patch[:, ::-1] if rng.random() < 0.5 else patch
     return out.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0
 

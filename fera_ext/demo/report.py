@@ -18,6 +18,7 @@ from fera_ext.demo.experiment import (
     CONFIG,
     EVALUATED,
     LEARNING_RATE,
+    MAX_NORM,
     SAMPLING_STEPS,
     Evaluation,
     Sampling,
@@ -74,7 +75,7 @@ class Outcome:
         gap = abs(fera - lora) / max(fera, lora)
         winner, loser = ("FeRA", "LoRA") if fera < lora else ("LoRA", "FeRA")
         ratio = self.trainings["FeRA"].seconds / self.trainings["LoRA"].seconds
-        cost = f"A step of FeRA took {ratio:.2f} times a step of LoRA; its consistency loss runs the base model too."
+        cost = f"A step of FeRA took {ratio:.2f} times as long; its consistency loss runs the base too."
         if min(fera, lora) >= base:
             return f"Neither helped: the held-out loss is not below the base model's. {cost}"
         if gap < 0.002:
@@ -90,7 +91,8 @@ class Outcome:
             change = f"{result.mean / self.before.mean - 1:+.1%}" if training else ""
             time = f"{training.seconds * 1e3:.0f} ms" if training else ""
             size = f"{training.parameters:,}" if training else ""
-            rows.append([name, f"{result.mean:.4f}", change, *(f"{v:.4f}" for v in result.by_level), time, size])
+            levels = [f"{v:.4f}" for v in result.by_level]
+            rows.append([name, f"{result.mean:.4f}", change, *levels, time, size])
         return rows
 
     def figures(self) -> dict[str, Any]:
@@ -154,12 +156,15 @@ def _setting(outcome: Outcome) -> str:
 
 
 def _details(outcome: Outcome) -> str:
+    c = CONFIG
     return (
-        f"FeRA: {CONFIG.num_experts} experts of rank {CONFIG.rank}, {CONFIG.bands.name} bands "
-        f"({CONFIG.bands.count}), consistency loss weighted {CONFIG.fecl_weight:g}. LoRA: the same layers, at least "
-        f"as many parameters, router included. AdamW, peak learning rate {LEARNING_RATE:g}. Held-out loss: squared "
-        f"error of the predicted velocity on {EVALUATED} patches from parts of the photographs that training never "
-        f"sees, at fixed noise, evenly over the timesteps. Sampling: DDIM, {SAMPLING_STEPS} steps."
+        f"FeRA: {c.num_experts} experts of rank {c.rank}, {c.bands.name} bands ({c.bands.count}), "
+        f"consistency loss weighted {c.fecl_weight:g}. LoRA: the same layers, at least as many parameters, "
+        "router included. "
+        f"AdamW, peak learning rate {LEARNING_RATE:g}, gradients clipped to {MAX_NORM:g}. Held-out loss: "
+        f"squared error of the predicted velocity on {EVALUATED} patches from parts of the photographs that "
+        "training never sees, at fixed noise, evenly over the timesteps. "
+        f"Sampling: DDIM, {SAMPLING_STEPS} steps."
     )
 
 
@@ -211,7 +216,8 @@ def _routing(outcome: Outcome) -> str:
     run = outcome.samplings["FeRA"]
     names = _band_names(len(run.energies[0]))
     energies = [
-        Line(name, [(i + 1.0, row[k]) for i, row in enumerate(run.energies)], k) for k, name in enumerate(names)
+        Line(name, [(i + 1.0, row[k]) for i, row in enumerate(run.energies)], k)
+        for k, name in enumerate(names)
     ]
     gates = [
         Line(f"expert {m + 1}", [(i + 1.0, row[m]) for i, row in enumerate(run.gates)], m)
@@ -241,6 +247,6 @@ def _reload(outcome: Outcome) -> str:
     else:
         result = f"the samples differ by at most {outcome.reload_error:.1e}"
     return (
-        f"The adapter was saved ({size} of safetensors), loaded into a fresh model with <code>load_adapter</code> "
-        f"and sampled with routing at inference time: {result}."
+        f"The adapter was saved ({size} of safetensors), loaded into a fresh model with "
+        f"<code>load_adapter</code> and sampled with routing at inference time: {result}."
     )

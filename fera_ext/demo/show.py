@@ -19,8 +19,8 @@ def introduce(console: Console, steps: int, device: torch.device) -> None:
     console.print(
         Panel.fit(
             "A small diffusion model that knows everyday photographs learns two others, galaxies and stained "
-            f"tissue:\nonce with [bold]FeRA[/] ({CONFIG.num_experts} experts of rank {CONFIG.rank}, routed by "
-            "frequency), once with [bold]plain LoRA[/] of the same size.\n"
+            f"tissue:\nonce with [bold]FeRA[/] ({CONFIG.num_experts} experts of rank {CONFIG.rank}, routed "
+            "by frequency), once with [bold]plain LoRA[/] of the same size.\n"
             f"{steps} steps each, same patches, same noise, same learning rate, on {describe(device)}.",
             title="fera-ext demo",
             border_style="cyan",
@@ -73,9 +73,7 @@ def tracked(console: Console, output_dir: Path, steps: int, seed: int, device: t
         fera_model, lora_model = base, experiment.new_model()
         fera = experiment.new_fera(fera_model)
         lora = experiment.new_lora(lora_model, fera)
-        trainings = {
-            "LoRA": experiment.finetune(lora_model, lora, steps, ticker("LoRA: fine-tuning", True))
-        }
+        trainings = {"LoRA": experiment.finetune(lora_model, lora, steps, ticker("LoRA: fine-tuning", True))}
         samplings["LoRA"] = experiment.sample(lora_model, None, ticker("LoRA: samples"))
         trainings["FeRA"] = experiment.finetune(fera_model, fera, steps, ticker("FeRA: fine-tuning", True))
         samplings["FeRA"] = experiment.sample(fera_model, fera, ticker("FeRA: samples"))
@@ -107,5 +105,5 @@ def results(console: Console, outcome: Outcome, report: Path) -> None:
     console.print(table)
     console.print(outcome.verdict(), highlight=False)
     exact = "bit for bit" if outcome.reload_error == 0.0 else f"to {outcome.reload_error:.1e}"
-    console.print(f"The saved adapter, loaded into a fresh model, gives the same samples {exact}.", highlight=False)
+    console.print(f"The saved adapter, loaded into a fresh model, samples the same {exact}.", highlight=False)
     console.print(f"{outcome.seconds:.0f} s in all. Report: [bold]{report}[/]", highlight=False)

@@ -68,9 +68,7 @@ class SoftFrequencyRouter(nn.Module):
             ("hidden", hidden, MAX_HIDDEN),
         ):
             if not 1 <= value <= most:
-                raise ValueError(
-                    f"SoftFrequencyRouter: {name} must be from 1 to {most}, got {value}"
-                )
+                raise ValueError(f"SoftFrequencyRouter: {name} must be from 1 to {most}, got {value}")
         if not (math.isfinite(tau) and tau > 0):
             raise ValueError(f"SoftFrequencyRouter: tau must be positive, got {tau}")
         self.tau = float(tau)
@@ -113,9 +111,7 @@ class SoftFrequencyRouter(nn.Module):
         with _full_precision(z):
             return ops.latent_gate(z, bands, w1, b1, w2, b2, self.tau)
 
-    def _weights(
-        self, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _weights(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self.w1.dtype == dtype and self.w1.device == device:
             return self.w1, self.b1, self.w2, self.b2
         w1, b1, w2, b2 = (w.to(device, dtype) for w in (self.w1, self.b1, self.w2, self.b2))

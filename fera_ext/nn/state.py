@@ -123,6 +123,12 @@ class Replay:
                 "FeraAdapter: the latent must be unchanged until the backward pass under reentrant "
                 "gradient checkpointing, got one modified in place"
             )
+        if self.latent.grad_fn is not None:
+            raise RuntimeError(
+                "FeraAdapter: the latent must be a leaf, or ask for no gradient, where the model calls "
+                "reentrant gradient checkpointing itself, got one with a graph of its own "
+                "(use_reentrant=False has no such limit)"
+            )
         with torch.enable_grad():
             again = self.evaluate(self.latent)
         again.backward(relay.grad)

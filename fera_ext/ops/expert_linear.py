@@ -111,13 +111,13 @@ def _(
 
 
 def _backward(
-    ctx: Any, dy: Tensor, weight: Tensor | None, wanted: list[bool]
+    saved: tuple[Tensor, ...], dy: Tensor, weight: Tensor | None, scale: float, wanted: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of x, lora_a, lora_b and gate; None where not wanted."""
     if not any(wanted):
         return [None] * 4
-    x, h, lora_a, lora_b, gate = ctx.saved_tensors[:5]
-    grads = _ops.expert_linear_backward(dy, x, h, weight, lora_a, lora_b, gate, ctx.scale, wanted)
+    x, h, lora_a, lora_b, gate = saved
+    grads = _ops.expert_linear_backward(dy, x, h, weight, lora_a, lora_b, gate, scale, wanted)
     return [g if want else None for g, want in zip(grads, wanted)]
 
 
@@ -129,12 +129,13 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _linear_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
-    x, weight = ctx.saved_tensors[0], ctx.saved_tensors[5]
+    # Read once: under checkpointing each read of saved_tensors asks for the recomputation.
+    *saved, weight = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    dx, da, db, dgate = _backward(ctx, dy, weight, [needs[0], *needs[3:6]])
+    dx, da, db, dgate = _backward(tuple(saved), dy, weight, ctx.scale, [needs[0], *needs[3:6]])
     # The base is frozen in FeRA; a trainer that unfreezes it still gets its gradients.
     rows = dy.flatten(0, -2)
-    dweight = rows.T @ x.flatten(0, -2) if needs[1] else None
+    dweight = rows.T @ saved[0].flatten(0, -2) if needs[1] else None
     dbias = rows.sum(0) if needs[2] else None
     return dx, dweight, dbias, da, db, dgate, None
 
@@ -147,7 +148,7 @@ def _save_update(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _update_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
-    grads = _backward(ctx, dy, None, list(needs[1:5]))
+    grads = _backward(ctx.saved_tensors, dy, None, ctx.scale, list(needs[1:5]))
     return (dy if needs[0] else None, *grads, *no_grads(1))
 
 

@@ -2,7 +2,7 @@
 
 ``checkpoint-<step>`` holds ``fera_adapter.safetensors``, ``training_state.pt`` (optimizer, schedule and
 gradient scaler; plain tensors and numbers) and ``state.json`` (the step, the settings that the losses
-depend on). It is written beside its place and renamed, so that a crash or a full disk leaves the others intact.
+depend on). It is written beside its place and renamed: a crash or a full disk leaves the others intact.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-
-CONTEXT = {"token_normalize_func": lambda name: name.replace("-", "_")}
+CONTEXT: dict[str, Any] = {"token_normalize_func": lambda name: name.replace("-", "_")}
 """Context settings for registering :func:`train`: options may be spelled with dashes too."""
 
 
@@ -59,7 +58,9 @@ def train(
     ] = 100,
     target_modules: Annotated[
         Optional[str],  # noqa: UP045
-        _flag("target_modules", "Comma-separated path suffixes; to_q,to_k,to_v,to_out.0 if not given.", ADAPTER),
+        _flag(
+            "target_modules", "Comma-separated path suffixes; to_q,to_k,to_v,to_out.0 by default.", ADAPTER
+        ),
     ] = None,
     learning_rate: Annotated[float, _flag("learning_rate", "Peak learning rate.", OPTIMIZER)] = 1e-4,
     lr_scheduler: Annotated[
@@ -104,9 +105,7 @@ def train(
         Optional[str],  # noqa: UP045
         _flag("resume_from_checkpoint", "A checkpoint's folder, or latest.", RUN),
     ] = None,
-    report_to: Annotated[
-        str, _flag("report_to", "none, tensorboard, wandb, comet_ml or all.", RUN)
-    ] = "none",
+    report_to: Annotated[str, _flag("report_to", "none, tensorboard, wandb, comet_ml or all.", RUN)] = "none",
     logging_dir: Annotated[str, _flag("logging_dir", "The trackers' folder in output_dir.", RUN)] = "logs",
     validation_prompt: Annotated[
         Optional[str],  # noqa: UP045

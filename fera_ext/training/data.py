@@ -185,7 +185,11 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
 def batches(folder: ImageFolder, positions: Positions, workers: int) -> Iterator[Batch]:
     """The stream of batches; each corrupt file is warned of once, by name."""
     loader = DataLoader(
-        folder, batch_sampler=positions, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0
+        folder,
+        batch_sampler=positions,
+        num_workers=workers,
+        collate_fn=collate,
+        persistent_workers=workers > 0,
     )
     warned: set[str] = set()
     for batch in loader:

@@ -35,8 +35,8 @@ class Family:
         self.pipe = pipe
         self.device = device
         self.dtype = dtype
-        self.denoiser: nn.Module = getattr(pipe, self.denoiser_name)
-        self.vae = getattr(pipe, "vae", None)
+        self.denoiser: Any = getattr(pipe, self.denoiser_name)
+        self.vae: Any = getattr(pipe, "vae", None)
         self.denoiser.to(device, dtype)
         if self.vae is not None:
             # float16 overflows in some VAEs, and encoding is a small part of a step.
@@ -53,6 +53,11 @@ class Family:
     def vae_factor(self) -> int:
         """Pixels per latent pixel."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def vae_shift(self) -> float:
+        """The mean of the VAE's latents, which newer VAEs name."""
+        return float(getattr(self.vae.config, "shift_factor", None) or 0.0)
 
     @property
     def multiple(self) -> int:
@@ -103,14 +108,13 @@ class Family:
         if self.vae is None:
             return pixels
         latents = self.vae.encode(pixels).latent_dist.sample(generator=generator)
-        return (latents - (getattr(self.vae.config, "shift_factor", None) or 0.0)) * self.vae.config.scaling_factor
+        return (latents - self.vae_shift) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def to_images(self, latents: Tensor) -> list[Any]:
         """The inverse of :meth:`to_latents`, as PIL images."""
         assert self.vae is not None
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        decoded = self.vae.decode(latents.float() / self.vae.config.scaling_factor + shift).sample
+        decoded = self.vae.decode(latents.float() / self.vae.config.scaling_factor + self.vae_shift).sample
         return self.pipe.image_processor.postprocess(decoded, output_type="pil")
 
     def predict(
@@ -275,8 +279,8 @@ class PixArt(Family):
     def call(self, model, latents, timesteps, conditioning, batch):  # type: ignore[no-untyped-def]
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if getattr(self.denoiser, "use_additional_conditions", False):
-            added["resolution"] = batch.sizes.to(self.device, self.dtype)
-            added["aspect_ratio"] = added["resolution"][:, :1] / added["resolution"][:, 1:]
+            sizes = batch.sizes.to(self.device, self.dtype)
+            added = {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
         return model(
             latents,
             timestep=timesteps,
@@ -296,7 +300,9 @@ class DiT(Family):
         elif prompt.isdecimal() and int(prompt) < self.denoiser.config.num_embeds_ada_norm:
             label = int(prompt)
         else:
-            raise UsageError(f"instance_prompt must be a class of the model, by number or name, got {prompt!r}")
+            raise UsageError(
+                f"instance_prompt must be a class of the model by number or name, got {prompt!r}"
+            )
         return {"label": torch.tensor([label])}
 
     def call(self, model, latents, timesteps, conditioning, batch):  # type: ignore[no-untyped-def]
@@ -306,7 +312,8 @@ class DiT(Family):
         label = int(self.encode(prompt)["label"])
         # This pipeline decodes by itself, so the VAE must not be of another dtype.
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.pipe([label] * len(generators), generator=generators, num_inference_steps=steps).images
+            labels = [label] * len(generators)
+            return self.pipe(labels, generator=generators, num_inference_steps=steps).images
 
 
 class Unconditional(Family):
@@ -330,9 +337,7 @@ class Unconditional(Family):
         return model(latents, timesteps).sample
 
     def draw(self, prompt: str, generators: list[torch.Generator], size: int, steps: int) -> list[Any]:
-        return self.pipe(
-            batch_size=len(generators), generator=generators, num_inference_steps=steps
-        ).images
+        return self.pipe(batch_size=len(generators), generator=generators, num_inference_steps=steps).images
 
 
 FAMILIES: dict[str, type[Family]] = {

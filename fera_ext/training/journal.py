@@ -55,7 +55,7 @@ class Journal:
                 if self.path.is_file():
                     lines = self.path.read_text().splitlines()
                     kept = [line for line in lines if _step(line) <= self.first]
-                self._stream = open(self.path, "w")  # noqa: SIM115 (closed on exit)
+                self._stream = open(self.path, "w")
                 self._stream.writelines(line + "\n" for line in kept)
                 self._stream.flush()
             except OSError as error:

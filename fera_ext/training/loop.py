@@ -155,7 +155,7 @@ class Trainer:
             layer.train()
         if settings.gradient_checkpointing:
             try:
-                family.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+                family.denoiser.enable_gradient_checkpointing()
             except (AttributeError, ValueError) as error:
                 raise UsageError(f"gradient_checkpointing: {first_line(error)}") from error
         self.parameters = list(adapter.parameters())
@@ -226,9 +226,7 @@ class Trainer:
             channels=self.family.channels,
         )
         micro = self.step * s.gradient_accumulation_steps
-        positions = Positions(
-            s.train_batch_size, micro, accelerator.process_index, accelerator.num_processes
-        )
+        positions = Positions(s.train_batch_size, micro, accelerator.process_index, accelerator.num_processes)
         main = accelerator.is_main_process
         journal = Journal(s.output_dir, self.step, s.max_train_steps, main, accelerator.log, self.console)
         # Reading the figures waits for the device, so that on a GPU they are read a few steps at a time.
@@ -243,7 +241,7 @@ class Trainer:
                 if not accelerator.sync_gradients:
                     continue
                 self.step += 1
-                rate = self.schedule.get_last_lr()[0]
+                rate = float(self.schedule.get_last_lr()[0])
                 self.schedule.step()
                 pending.append((self.step, torch.stack(sums).mean(0), rate))
                 sums = []

@@ -29,11 +29,11 @@ extern "C" {
 #endif
 
 #define FERA_VERSION "0.1.0"
-#define FERA_MAX_SIDE 512    /* latent height and width */
-#define FERA_MAX_BANDS 16    /* K */
-#define FERA_MAX_HIDDEN 256  /* router hidden units */
-#define FERA_MAX_EXPERTS 32  /* E */
-#define FERA_MAX_RANK 512    /* R = E * r */
+#define FERA_MAX_SIDE 512   /* latent height and width */
+#define FERA_MAX_BANDS 16   /* K */
+#define FERA_MAX_HIDDEN 256 /* router hidden units */
+#define FERA_MAX_EXPERTS 32 /* E */
+#define FERA_MAX_RANK 512   /* R = E * r */
 
 typedef enum fera_dtype { FERA_F32 = 0, FERA_F16 = 1, FERA_BF16 = 2, FERA_F64 = 3 } fera_dtype;
 
@@ -112,9 +112,9 @@ FERA_API fera_status fera_band_energy_backward_cuda(const fera_band_energy_backw
 
 /* ---- router: gate = softmax((w2 relu(w1 e + b1) + b2) / tau), all in the compute dtype, contiguous ---- */
 typedef struct fera_router {
-  fera_dtype dtype;                /* FERA_F32 or FERA_F64 */
-  int32_t bands, hidden, experts;  /* K, hidden, E */
-  const void *w1, *b1, *w2, *b2;   /* (hidden, K) (hidden) (E, hidden) (E) */
+  fera_dtype dtype;               /* FERA_F32 or FERA_F64 */
+  int32_t bands, hidden, experts; /* K, hidden, E */
+  const void *w1, *b1, *w2, *b2;  /* (hidden, K) (hidden) (E, hidden) (E) */
   double tau;
 } fera_router;
 
@@ -132,18 +132,16 @@ FERA_API fera_status fera_router_softmax_cuda(const fera_router_softmax_args*, c
 typedef struct fera_router_softmax_backward_args {
   fera_router router;
   int64_t n;
-  const void* energy; /* (N, K) */
-  const void* gate;   /* (N, E), the forward's result */
-  const void* grad;   /* (N, E) */
-  void* denergy;      /* (N, K), or NULL */
+  const void* energy;          /* (N, K) */
+  const void* gate;            /* (N, E), the forward's result */
+  const void* grad;            /* (N, E) */
+  void* denergy;               /* (N, K), or NULL */
   void *dw1, *db1, *dw2, *db2; /* like the weights; all four, or all NULL */
 } fera_router_softmax_backward_args;
 
 FERA_API size_t fera_router_softmax_backward_workspace(const fera_router_softmax_backward_args*, fera_device);
-FERA_API fera_status fera_router_softmax_backward_cpu(const fera_router_softmax_backward_args*,
-                                                      const fera_context*);
-FERA_API fera_status fera_router_softmax_backward_cuda(const fera_router_softmax_backward_args*,
-                                                       const fera_context*);
+FERA_API fera_status fera_router_softmax_backward_cpu(const fera_router_softmax_backward_args*, const fera_context*);
+FERA_API fera_status fera_router_softmax_backward_cuda(const fera_router_softmax_backward_args*, const fera_context*);
 
 /* ---- latent_gate: the indicator of z through the router; energy.indicator is required (backward needs it) ---- */
 typedef struct fera_latent_gate_args {
@@ -191,15 +189,15 @@ typedef struct fera_rows { /* rows of contiguous elements */
 } fera_rows;
 
 typedef struct fera_experts {
-  int64_t tokens, in, out;    /* T */
-  int32_t experts, rank;      /* E, r; R = E*r */
-  int64_t rows_per_gate;      /* T / G; gate row of token t is t / rows_per_gate */
-  const void* lora_a;         /* (E, r, in) contiguous */
+  int64_t tokens, in, out; /* T */
+  int32_t experts, rank;   /* E, r; R = E*r */
+  int64_t rows_per_gate;   /* T / G; gate row of token t is t / rows_per_gate */
+  const void* lora_a;      /* (E, r, in) contiguous */
   fera_dtype a_dtype;
-  const void* lora_b;         /* (out, E, r) contiguous */
+  const void* lora_b; /* (out, E, r) contiguous */
   fera_dtype b_dtype;
-  const void* gate;           /* (G, E) contiguous, compute dtype of x */
-  double scale;               /* alpha / r */
+  const void* gate; /* (G, E) contiguous, compute dtype of x */
+  double scale;     /* alpha / r */
 } fera_experts;
 
 /* Operands narrower or wider than x are rounded to x's dtype on load; products accumulate in the compute
@@ -229,15 +227,13 @@ typedef struct fera_expert_update_backward_args {
 } fera_expert_update_backward_args;
 
 FERA_API size_t fera_expert_update_backward_workspace(const fera_expert_update_backward_args*, fera_device);
-FERA_API fera_status fera_expert_update_backward_cpu(const fera_expert_update_backward_args*,
-                                                     const fera_context*);
-FERA_API fera_status fera_expert_update_backward_cuda(const fera_expert_update_backward_args*,
-                                                      const fera_context*);
+FERA_API fera_status fera_expert_update_backward_cpu(const fera_expert_update_backward_args*, const fera_context*);
+FERA_API fera_status fera_expert_update_backward_cuda(const fera_expert_update_backward_args*, const fera_context*);
 
 /* ---- the build ---- */
 FERA_API const char* fera_last_error(void); /* this thread's last error sentence; "" if none */
 FERA_API const char* fera_version(void);
-FERA_API int fera_has_cuda(void);           /* 1 if the CUDA kernels were built */
+FERA_API int fera_has_cuda(void);             /* 1 if the CUDA kernels were built */
 FERA_API const char* fera_cuda_targets(void); /* e.g. "80-real;86-real;89-real;90a-real;120-virtual", or "" */
 
 #ifdef __cplusplus
