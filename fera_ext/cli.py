@@ -6,7 +6,7 @@ import typer
 
 from fera_ext.demo.command import demo
 from fera_ext.info.command import info
-from fera_ext.training.command import train
+from fera_ext.training.command import CONTEXT, train
 
 app = typer.Typer(
     name="fera-ext",
@@ -17,7 +17,7 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(demo)
-app.command()(train)
+app.command(context_settings=CONTEXT)(train)
 
 
 def main() -> None:

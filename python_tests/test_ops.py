@@ -289,3 +289,13 @@ def test_under_checkpoint(sample: Sample, reentrant: bool, device: torch.device)
     out.backward(given.upstream(out))
     for leaf, grad in zip(leaves, expected):
         assert tolerances.error(leaf.grad, grad) <= 1e-6
+
+
+@pytest.mark.parametrize("sample", samples(small=True), ids=str)
+def test_second_backward_is_an_error(sample: Sample, device: torch.device) -> None:
+    given = sample.cast(torch.float64, device)
+    leaf = given.arguments["gate" if "gate" in given.leaves else given.leaves[0]]
+    out = given.run(ops)
+    (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        grad.square().sum().backward()
