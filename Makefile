@@ -8,6 +8,9 @@ VENV ?= .venv
 # driver and no torch yet, set TORCH to the CUDA build you want.
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
+# The models in the tests are tiny: processes pay, threads do not.
+TEST_JOBS ?= 2
+TEST_THREADS ?= 1
 SOURCES = $(shell find csrc cmake CMakeLists.txt setup.py pyproject.toml -type f)
 
 .PHONY: demo test ctest style build gpu-check clean
@@ -16,7 +19,7 @@ demo: build
 	$(BIN)/fera-ext demo
 
 test: build ctest
-	$(BIN)/python -m pytest --cov=fera_ext --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_JOBS) --cov=fera_ext --cov-report=term:skip-covered --cov-fail-under=90
 
 build: $(VENV)/.built
 

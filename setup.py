@@ -27,7 +27,7 @@ def fail(sentence: str) -> None:
     os._exit(1)
 
 
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036 (a build without isolation can meet any Python)
     fail(f"Python must be 3.10 or newer, got {sys.version.split()[0]}")
 try:
     import torch
@@ -87,7 +87,11 @@ def build_core(build: Path) -> Path:
         env["CUDA_HOME"] = str(CUDA_HOME)
     install = build / "install"
     configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DCMAKE_INSTALL_PREFIX={install}"]
-    configure += ["-DCMAKE_INSTALL_LIBDIR=lib", "-DCMAKE_BUILD_TYPE=Release", f"-DFERA_CUDA={env['FERA_CUDA']}"]
+    configure += [
+        "-DCMAKE_INSTALL_LIBDIR=lib",
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DFERA_CUDA={env['FERA_CUDA']}",
+    ]
     if os.environ.get("FERA_CORE_TESTS", "0") != "1":
         configure.append("-DBUILD_TESTING=OFF")
     else:

@@ -7,10 +7,11 @@ On a GPU: median time of a CUDA graph replay and of an eager call; on the CPU: m
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,32 +31,52 @@ def published_linear(x, weight, bias, lora_a, lora_b, gate, scale):
     return torch.nn.functional.linear(x, weight, bias) + (stacked * weights).sum(1)
 
 
-def cases(device: torch.device, dtype: torch.dtype):
+Calls = dict[str, Callable[[], torch.Tensor]]
+
+
+def both(call: Callable[[Any], torch.Tensor]) -> Calls:
+    """The same call on our operators and on their plain PyTorch twins."""
+    return {"ours": lambda: call(ops), "torch": lambda: call(reference)}
+
+
+def latent_cases(
+    shape: tuple[int, ...], bands: Bands, device: torch.device
+) -> Iterator[tuple[str, Calls, list[torch.Tensor]]]:
+    """band_energy, latent_gate and fecl_loss at one latent shape; gradients to z, the router, z."""
+    z = torch.randn(shape, device=device, requires_grad=True)
+    base, target = torch.randn(shape, device=device), torch.randn(shape, device=device)
+    router = [torch.randn(s, device=device, requires_grad=True) for s in ((64, bands.count), (64,), (3, 64), (3,))]
+    label = f"{bands.name} {shape}"
+    yield f"band_energy {label}", both(lambda m: m.band_energy(z, bands)), [z]
+    yield f"latent_gate {label}", both(lambda m: m.latent_gate(z, bands, *router, 0.7)), router
+    yield f"fecl_loss {label}", both(lambda m: m.fecl_loss(base, z, target, bands)), [z]
+
+
+def linear_case(
+    tokens: int, size: int, experts: int, rank: int, device: torch.device, dtype: torch.dtype
+) -> tuple[str, Calls, list[torch.Tensor]]:
+    """expert_linear at one shape; gradients to x, A, B and the gate."""
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    x, a, b = draw(1, tokens, size), draw(experts, rank, size), draw(size, experts, rank)
+    weight, bias = draw(size, size), draw(size)
+    gate = torch.softmax(torch.randn(1, experts, device=device), 1)
+    leaves = [t.requires_grad_() for t in (x, a, b, gate)]
+    arguments = (x, weight, bias, a, b, gate, 0.25)
+    calls = both(lambda m: m.expert_linear(*arguments))
+    calls["published"] = lambda: published_linear(*arguments)
+    return f"expert_linear {tokens}x{size}->{size} E={experts} r={rank} {str(dtype)[6:]}", calls, leaves
+
+
+def cases(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Calls, list[torch.Tensor]]]:
     """Yields (name, {implementation: call}, leaves)."""
-
-    def leaf(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(*shape, device=device).to(kind).requires_grad_()
-
-    router = [leaf(64, 3), leaf(64), leaf(3, 64), leaf(3)]
     for shape in ((4, 4, 64, 64), (4, 4, 104, 152)):
-        z, base, target = leaf(*shape), leaf(*shape).detach(), leaf(*shape).detach()
         for bands in (Bands.dog(3), Bands.author(3)):
-            label = f"{bands.name} {tuple(shape)}"
-            pair: Callable[[Callable[[Any], Any]], dict] = lambda f: {"ours": lambda: f(ops), "torch": lambda: f(reference)}
-            yield f"band_energy {label}", pair(lambda m, z=z, b=bands: m.band_energy(z, b)), [z]
-            yield f"latent_gate {label}", pair(lambda m, z=z, b=bands: m.latent_gate(z, b, *router, 0.7)), router
-            yield f"fecl_loss {label}", pair(
-                lambda m, z=z, b=bands, base=base, target=target: m.fecl_loss(base, z, target, b)), [z]
-    for tokens, size, experts, rank in ((1024, 640, 3, 4), (1024, 640, 4, 32)):
-        x, a, b = leaf(1, tokens, size, kind=dtype), leaf(experts, rank, size), leaf(size, experts, rank)
-        weight, bias = leaf(size, size, kind=dtype).detach(), leaf(size, kind=dtype).detach()
-        gate = torch.softmax(leaf(1, experts).detach(), 1).requires_grad_()
-        arguments = (x, weight, bias, a.detach().to(dtype).requires_grad_(), b.detach().to(dtype).requires_grad_(), gate)
-        yield f"expert_linear {tokens}x{size}->{size} E={experts} r={rank} {str(dtype)[6:]}", {
-            "ours": lambda arguments=arguments: ops.expert_linear(*arguments, 0.25),
-            "torch": lambda arguments=arguments: reference.expert_linear(*arguments, 0.25),
-            "published": lambda arguments=arguments: published_linear(*arguments, 0.25),
-        }, [arguments[0], *arguments[3:]]
+            yield from latent_cases(shape, bands, device)
+    for experts, rank in ((3, 4), (4, 32)):
+        yield linear_case(1024, 640, experts, rank, device, dtype)
 
 
 def step(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> None:
@@ -99,31 +120,39 @@ def graphed(call: Callable[[], None]) -> Callable[[], None] | None:
     return replay
 
 
+def runs_of(calls: Calls, leaves: list[torch.Tensor], device: torch.device) -> dict[str, dict[str, Callable[[], None]]]:
+    """The timed runs by mode: eager, and captured on a GPU."""
+
+    def eager(call: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            step(call, leaves)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    modes = {"eager": {name: eager(call) for name, call in calls.items()}}
+    if device.type == "cuda":
+        captured = {name: graphed(functools.partial(step, call, leaves)) for name, call in calls.items()}
+        modes["graph"] = {name: replay for name, replay in captured.items() if replay is not None}
+    return modes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    names = ("ours", "torch", "published")
     rows = []
-    print(f"{'forward + backward, ms':<58}{'mode':>7}" + "".join(f"{n:>11}" for n in ("ours", "torch", "published")))
+    print(f"{'forward + backward, ms':<58}{'mode':>7}" + "".join(f"{n:>11}" for n in names))
     for name, calls, leaves in cases(device, dtype):
-        def eager(call):
-            def run():
-                step(call, leaves)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-            return run
-
-        modes = {"eager": {n: eager(c) for n, c in calls.items()}}
-        if device.type == "cuda":
-            captured = {n: graphed(lambda c=c: step(c, leaves)) for n, c in calls.items()}
-            modes["graph"] = {n: g for n, g in captured.items() if g is not None}
-        for mode, runs in modes.items():
+        for mode, runs in runs_of(calls, leaves, device).items():
             times = interleaved(runs)
             rows.append({"case": name, "mode": mode, "ms": times})
-            print(f"{name:<58}{mode:>7}" + "".join(
-                f"{times[n]:>11.3f}" if n in times else f"{'':>11}" for n in ("ours", "torch", "published")))
+            shown = "".join(f"{times[n]:>11.3f}" if n in times else f"{'':>11}" for n in names)
+            print(f"{name:<58}{mode:>7}{shown}")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"on {where}, torch {torch.__version__}")
     if options.json:

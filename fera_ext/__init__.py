@@ -20,7 +20,17 @@ _EXPORTS = {
     "load_adapter": "fera_ext.checkpoint",
 }
 
-__all__ = ["Bands", "FeraAdapter", "FeraConfig", "__version__", "attach", "load_adapter", "nn", "ops", "reference"]
+__all__ = [
+    "Bands",
+    "FeraAdapter",
+    "FeraConfig",
+    "__version__",
+    "attach",
+    "load_adapter",
+    "nn",
+    "ops",
+    "reference",
+]
 
 if TYPE_CHECKING:
     from fera_ext import nn, ops, reference

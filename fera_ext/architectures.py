@@ -141,12 +141,7 @@ def check_latent(latent: Any, model: nn.Module) -> Tensor:
     Raises:
         ValueError: not a floating tensor (B, ..., H, W) with four axes or more.
     """
-    if (
-        not isinstance(latent, Tensor)
-        or latent.ndim < 4
-        or not latent.is_floating_point()
-        or 0 in latent.shape
-    ):
+    if not isinstance(latent, Tensor) or latent.ndim < 4 or not latent.is_floating_point() or 0 in latent.shape:
         raise ValueError(
             f"latent: the first argument of {type(model).__name__} must be a floating tensor "
             f"(B, ..., H, W) with 4 axes or more, got {_describe(latent)}; "

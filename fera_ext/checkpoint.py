@@ -131,9 +131,7 @@ def save_adapter(adapter: FeraAdapter, path: str | os.PathLike[str]) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     config = adapter.config
     state = adapter.state_dict()
-    experts = functools.reduce(
-        torch.promote_types, (t.dtype for k, t in state.items() if k.startswith("layers."))
-    )
+    experts = functools.reduce(torch.promote_types, (t.dtype for k, t in state.items() if k.startswith("layers.")))
     router = torch.promote_types(state["router.w1"].dtype, torch.float32)
     tensors = {
         name: tensor.to("cpu", router if name.startswith("router.") else experts, copy=True).contiguous()
@@ -193,8 +191,7 @@ def _read_own(file: Path, overrides: Mapping[str, Any]) -> _Contents:
         ) from error
     if metadata.get("format") != FORMAT:
         raise AdapterFileError(
-            f"load_adapter: file must be an adapter written by fera_ext, got {file} with keys "
-            f"{listed(sorted(tensors))}"
+            f"load_adapter: file must be an adapter written by fera_ext, got {file} with keys {listed(sorted(tensors))}"
         )
     if metadata.get("format_version") != str(FORMAT_VERSION):
         raise AdapterFileError(
@@ -240,9 +237,7 @@ def _read_published(file: Path, overrides: Mapping[str, Any]) -> _Contents:
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error
     if not isinstance(raw, dict) or not all(isinstance(v, Tensor) for v in raw.values()):
-        raise AdapterFileError(
-            f"load_adapter: file must be a flat dict of tensors, got {type(raw).__name__} in {file}"
-        )
+        raise AdapterFileError(f"load_adapter: file must be a flat dict of tensors, got {type(raw).__name__} in {file}")
     tensors = {own: raw[key] for key, own in _ROUTER_KEYS.items() if key in raw}
     experts: dict[str, dict[str, dict[int, Tensor]]] = {}
     unknown = []
@@ -260,9 +255,7 @@ def _read_published(file: Path, overrides: Mapping[str, Any]) -> _Contents:
         )
     missing = [key for key in _ROUTER_KEYS if key not in raw]
     shapes = {
-        key: raw[key].ndim
-        for key in _ROUTER_KEYS
-        if key in raw and raw[key].ndim != (2 if "weight" in key else 1)
+        key: raw[key].ndim for key in _ROUTER_KEYS if key in raw and raw[key].ndim != (2 if "weight" in key else 1)
     }
     if shapes:
         raise AdapterFileError(f"load_adapter: router must be a two-layer MLP, got axes {shapes}")
@@ -283,8 +276,7 @@ def _read_published(file: Path, overrides: Mapping[str, Any]) -> _Contents:
         tensors[f"layers.{path}.lora_B"] = stacked.permute(1, 0, 2).contiguous()
     if "lora_alpha" not in overrides:
         raise AdapterFileError(
-            "load_adapter: lora_alpha must be given for a published checkpoint, which does not store it, "
-            "got none"
+            "load_adapter: lora_alpha must be given for a published checkpoint, which does not store it, got none"
         )
     config = FeraConfig(
         rank=rank,
@@ -346,9 +338,7 @@ def _check(contents: _Contents, matched: Mapping[str, nn.Module]) -> torch.dtype
         ("router", router, (torch.float32, torch.float64)),
     ):
         if dtype not in allowed:
-            raise AdapterFileError(
-                f"load_adapter: {name} must be one of {', '.join(map(str, allowed))}, got {dtype}"
-            )
+            raise AdapterFileError(f"load_adapter: {name} must be one of {', '.join(map(str, allowed))}, got {dtype}")
     hidden, count = config.router_hidden, config.bands.count
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "router.w1": ((hidden, count), router),

@@ -94,8 +94,7 @@ class FeraConfig:
         known = {f.name for f in fields(FeraConfig)}
         if set(data) != known:
             raise ValueError(
-                f"FeraConfig: fields must be exactly {', '.join(sorted(known))}, "
-                f"got {_difference(known, set(data))}"
+                f"FeraConfig: fields must be exactly {', '.join(sorted(known))}, got {_difference(known, set(data))}"
             )
         return FeraConfig(**{**data, "bands": Bands.from_dict(data["bands"], masks)})
 
@@ -108,8 +107,7 @@ class FeraConfig:
         unknown = sorted(set(changes) - {f.name for f in fields(self)})
         if unknown:
             raise ValueError(
-                f"FeraConfig: fields must be among {', '.join(f.name for f in fields(self))}, "
-                f"got {', '.join(unknown)}"
+                f"FeraConfig: fields must be among {', '.join(f.name for f in fields(self))}, got {', '.join(unknown)}"
             )
         return replace(self, **changes)
 
@@ -135,11 +133,7 @@ def _targets(targets: object) -> list[str] | str:
             ) from None
         if targets:
             return targets
-    elif (
-        isinstance(targets, Sequence)
-        and targets
-        and all(isinstance(t, str) and t.strip(".") for t in targets)
-    ):
+    elif isinstance(targets, Sequence) and targets and all(isinstance(t, str) and t.strip(".") for t in targets):
         return list(targets)
     raise ValueError(
         f"FeraConfig: target_modules must be a list of path suffixes or a regular expression, got {targets!r}"

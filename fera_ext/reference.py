@@ -70,9 +70,7 @@ def latent_gate(
     return router_softmax(frequency_energy(z, bands, eps), w1, b1, w2, b2, tau)
 
 
-def expert_update(
-    base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float
-) -> Tensor:
+def expert_update(base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float) -> Tensor:
     """Twin of :func:`fera_ext.ops.expert_update`, in the stacked form: one rank E·r LoRA, its middle gated."""
     experts, rank, _ = lora_a.shape
     a = lora_a.to(x.dtype).flatten(0, 1)
@@ -97,9 +95,7 @@ def expert_linear(
     return expert_update(F.linear(x, weight, bias), x, lora_a, lora_b, gate, scale)
 
 
-def fecl_loss(
-    base: Tensor, fera: Tensor, target: Tensor, bands: Bands, eps: float = 1e-8
-) -> Tensor:
+def fecl_loss(base: Tensor, fera: Tensor, target: Tensor, bands: Bands, eps: float = 1e-8) -> Tensor:
     """Twin of :func:`fera_ext.ops.fecl_loss`."""
     correction = _accumulation(fera) - _accumulation(base).detach()
     residual = _accumulation(fera) - _accumulation(target).detach()

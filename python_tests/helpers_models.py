@@ -39,10 +39,7 @@ class Case:
     def run_one_by_one(self) -> Tensor:
         """The same outputs, one sample a call."""
         return torch.cat(
-            [
-                self.run(**{k: one_sample(self.inputs[k], b) for k in self.batched})
-                for b in range(self.latent.shape[0])
-            ]
+            [self.run(**{k: one_sample(self.inputs[k], b) for k in self.batched}) for b in range(self.latent.shape[0])]
         )
 
 

@@ -68,9 +68,7 @@ def t5(width: int = 24) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(width)
-    return T5EncoderModel(
-        T5Config(vocab_size=40, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    ).eval()
+    return T5EncoderModel(T5Config(vocab_size=40, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
 
 
 def vae(latent_channels: int = 4) -> Any:
@@ -110,9 +108,7 @@ def sd(folder: Path, prediction_type: str = "epsilon") -> Path:
     """Stable Diffusion."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear", clip_sample=False, prediction_type=prediction_type
-    )
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, prediction_type=prediction_type)
     StableDiffusionPipeline(
         vae=vae(),
         text_encoder=clip(24),
@@ -203,9 +199,7 @@ def dit(folder: Path) -> Path:
     return folder
 
 
-def train(
-    model: Path | str, images: Path, output: Path, **options: Any
-) -> tuple[int, list[dict[str, float]]]:
+def train(model: Path | str, images: Path, output: Path, **options: Any) -> tuple[int, list[dict[str, float]]]:
     """Run the training in this process; its exit status and its log."""
     from accelerate.state import AcceleratorState
     from rich.console import Console

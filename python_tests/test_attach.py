@@ -240,9 +240,7 @@ def test_fecl_is_weighted() -> None:
     case = plain()
     adapter = attach(case.model, FeraConfig(target_modules=["to_q"], fecl_weight=0.25))
     a, b, c = torch.randn(3, *case.latent.shape).unbind()
-    torch.testing.assert_close(
-        adapter.fecl_loss(a, b, c), 0.25 * ops.fecl_loss(a, b, c, adapter.config.bands)
-    )
+    torch.testing.assert_close(adapter.fecl_loss(a, b, c), 0.25 * ops.fecl_loss(a, b, c, adapter.config.bands))
 
 
 # Off and away.

@@ -53,9 +53,7 @@ def test_gradients_reach_the_router(name: str) -> None:
     for parameter_name, parameter in adapter.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert bool(parameter.grad.any()), parameter_name
-    assert all(
-        p.grad is None for n, p in case.model.named_parameters() if "lora" not in n and "fera" not in n
-    )
+    assert all(p.grad is None for n, p in case.model.named_parameters() if "lora" not in n and "fera" not in n)
 
 
 @torch.no_grad()

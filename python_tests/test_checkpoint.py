@@ -118,9 +118,7 @@ def test_dtypes_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_custom_bands_travel_as_a_tensor(tmp_path: Path) -> None:
-    masks = torch.stack(
-        [Bands.rings(3).filters(8, 12, torch.device("cpu"), torch.float64).table[k] for k in (0, 2)]
-    )
+    masks = torch.stack([Bands.rings(3).filters(8, 12, torch.device("cpu"), torch.float64).table[k] for k in (0, 2)])
     config = CONFIG.override(bands=Bands.custom(masks))
     file, want = _saved(tmp_path, config)
     case = plain()
@@ -407,9 +405,7 @@ PREFIX = "base_model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.expe
             "keys must be the published code's .* got no expert",
         ),
         (
-            lambda t: t.update(
-                {k.replace("mid_block", "mid_block2"): t.pop(k) for k in list(t) if "mid_b" in k}
-            ),
+            lambda t: t.update({k.replace("mid_block", "mid_block2"): t.pop(k) for k in list(t) if "mid_b" in k}),
             "none at mid_block2",
         ),
         (

@@ -79,10 +79,11 @@ def test_demo_runs(small: None, tmp_path: Path) -> None:
     assert (out / "adapter" / "fera_adapter.safetensors").is_file()
 
 
-def test_shipped_model_is_small_and_knows_photographs() -> None:
+def test_shipped_model_is_small_and_knows_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "EVALUATED", 48)
     files = [p for p in experiment.MODEL_DIR.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 6e6
-    assert {p.suffix for p in files} <= {".json", ".safetensors"}
+    assert {p.suffix for p in files} <= {".json", ".md", ".safetensors"}
     x = Experiment(0, torch.device("cpu"))
     model = x.new_model()
     trained = x.evaluate(model).mean
@@ -118,9 +119,7 @@ def test_lora_budget_is_kept() -> None:
     update = scale * (x @ lora.layers["a"].lora_A.T).sum(1, keepdim=True).expand(3, 6)
     torch.testing.assert_close(model["a"](x), before + update)
     with pytest.raises(ValueError, match="budget must be at least 22"):
-        Lora(
-            torch.nn.ModuleDict({"a": torch.nn.Linear(4, 6), "b": torch.nn.Linear(6, 6)}), ["a", "b"], 21, 1.0
-        )
+        Lora(torch.nn.ModuleDict({"a": torch.nn.Linear(4, 6), "b": torch.nn.Linear(6, 6)}), ["a", "b"], 21, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +127,7 @@ def test_lora_budget_is_kept() -> None:
     [
         (0.12, 0.15, "FeRA won: its held-out loss is 20.0% below LoRA's"),
         (0.15, 0.12, "LoRA won: its held-out loss is 20.0% below FeRA's"),
+        (0.149, 0.15, "FeRA won: its held-out loss is 0.7% below LoRA's. So small a gap may turn round"),
         (0.15, 0.1501, "A draw"),
         (0.25, 0.26, "Neither helped"),
     ],
@@ -152,9 +152,7 @@ def test_failed_reload_is_an_error(outcome: Outcome, tmp_path: Path, monkeypatch
     assert "differ by at most 5.0e-01" in (tmp_path / "report.html").read_text()
 
 
-def test_opens_the_report_when_asked(
-    outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opens_the_report_when_asked(outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import webbrowser
 
     from fera_ext.demo import show

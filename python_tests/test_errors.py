@@ -39,7 +39,10 @@ def _fecl(**changes) -> torch.Tensor:
 
 CASES: list[tuple[str, Callable[[], object]]] = [
     ("band_energy: z must be (N, ..., H, W), got (8, 8)", lambda: ops.band_energy(torch.randn(8, 8), DOG)),
-    ("band_energy: bands must be a fera_ext.Bands, got str", lambda: ops.band_energy(torch.randn(1, 1, 8, 8), "dog")),
+    (
+        "band_energy: bands must be a fera_ext.Bands, got str",
+        lambda: ops.band_energy(torch.randn(1, 1, 8, 8), "dog"),
+    ),
     (
         "band_energy: z must be float32, float16, bfloat16 or float64, got Long",
         lambda: ops.band_energy(torch.zeros(1, 1, 8, 8, dtype=torch.long), DOG),
@@ -105,7 +108,10 @@ CASES: list[tuple[str, Callable[[], object]]] = [
             1.0,
         ),
     ),
-    ("fecl_loss: base must be of fera's shape (2, 4, 8, 8), got (2, 4, 8, 4)", lambda: _fecl(base=torch.randn(2, 4, 8, 4))),
+    (
+        "fecl_loss: base must be of fera's shape (2, 4, 8, 8), got (2, 4, 8, 4)",
+        lambda: _fecl(base=torch.randn(2, 4, 8, 4)),
+    ),
     (
         "fecl_loss: target must be of fera's dtype Float, got Double",
         lambda: _fecl(target=torch.randn(2, 4, 8, 8).double()),
@@ -120,9 +126,18 @@ CASES: list[tuple[str, Callable[[], object]]] = [
     ),
     ("bands: K must be an integer from 2 to 16, got 1", lambda: Bands.dog(1)),
     ("bands: K must be an integer from 1 to 16, got 17", lambda: Bands.rings(17)),
-    ("bands: name must be one of dog, rings, author, custom, got 'wavelet'", lambda: Bands.from_dict({"name": "wavelet"})),
-    ("bands: masks must be finite and non-negative, got other values", lambda: Bands.custom(-torch.ones(1, 8, 5))),
-    ("bands: masks must be (K, H, W//2+1) with K from 1 to 16, got (8, 5)", lambda: Bands.custom(torch.ones(8, 5))),
+    (
+        "bands: name must be one of dog, rings, author, custom, got 'wavelet'",
+        lambda: Bands.from_dict({"name": "wavelet"}),
+    ),
+    (
+        "bands: masks must be finite and non-negative, got other values",
+        lambda: Bands.custom(-torch.ones(1, 8, 5)),
+    ),
+    (
+        "bands: masks must be (K, H, W//2+1) with K from 1 to 16, got (8, 5)",
+        lambda: Bands.custom(torch.ones(8, 5)),
+    ),
     (
         "bands: latents must be of the masks' size (H, W//2+1) = (8, 5), got height 8 and width 12",
         lambda: ops.band_energy(torch.randn(1, 1, 8, 12), Bands.custom(torch.ones(1, 8, 5))),

@@ -13,7 +13,10 @@ from fera_ext import ops, reference
 from fera_ext.bands import Bands
 
 QUICK = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
 )
 BANDS = [Bands.dog(3), Bands.rings(3), Bands.author(3)]
 SIDES = st.one_of(st.integers(1, 40), st.sampled_from([48, 52, 64, 72, 96, 97, 104, 127, 128, 152]))
@@ -220,8 +223,11 @@ def test_any_linear(groups, repeat, middle, size, out, experts, rank, dtype, lay
     unit = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, 0)
     limit = max(tolerances.linear_limit(dtype), unit)
     assert tolerances.error(y, ref) <= limit
-    for name, a, b in zip(leaves, torch.autograd.grad(y, given_leaves, upstream),
-                          torch.autograd.grad(ref, exact_leaves, upstream.double())):
+    for name, a, b in zip(
+        leaves,
+        torch.autograd.grad(y, given_leaves, upstream),
+        torch.autograd.grad(ref, exact_leaves, upstream.double()),
+    ):
         # gate gradients are sums that may cancel; they are compared with the size of their terms
         scale = float(b.norm()) if name != "gate" else max(float(b.norm()), float(upstream.norm()) * 0.05)
         difference = float((a.double() - b).norm())
@@ -243,8 +249,11 @@ def test_every_rank(stacked: tuple[int, int], dtype: torch.dtype, device: torch.
     plain = reference.expert_linear(**arguments)
     assert tolerances.error(y, ref) <= max(limit, tolerances.SLACK * tolerances.error(plain, ref))
     plain_grads = torch.autograd.grad(plain, leaves, upstream)
-    for a, p, b in zip(torch.autograd.grad(y, leaves, upstream), plain_grads,
-                       torch.autograd.grad(ref, exact_leaves, upstream.double())):
+    for a, p, b in zip(
+        torch.autograd.grad(y, leaves, upstream),
+        plain_grads,
+        torch.autograd.grad(ref, exact_leaves, upstream.double()),
+    ):
         assert tolerances.error(a, b) <= max(limit, tolerances.SLACK * tolerances.error(p, b))
 
 

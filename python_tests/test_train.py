@@ -129,12 +129,8 @@ def test_gradient_checkpointing_changes_nothing(sd_model: Path, images: Path, tm
 
 def test_accumulation_waits_and_averages(model: Path, images: Path, tmp_path: Path) -> None:
     options = {"max_train_steps": 3, "fecl_weight": 0.0}
-    _, split = train(
-        model, images, tmp_path / "a", train_batch_size=1, gradient_accumulation_steps=4, **options
-    )
-    _, again = train(
-        model, images, tmp_path / "b", train_batch_size=1, gradient_accumulation_steps=4, **options
-    )
+    _, split = train(model, images, tmp_path / "a", train_batch_size=1, gradient_accumulation_steps=4, **options)
+    _, again = train(model, images, tmp_path / "b", train_batch_size=1, gradient_accumulation_steps=4, **options)
     assert len(split) == 3
     assert losses(split) == losses(again)
     # The first figure is the mean over the four single images, before any update.
@@ -184,9 +180,7 @@ def test_bands_are_used(bands: str, model: Path, images: Path, tmp_path: Path) -
     ],
     ids=["dropout-cosine", "accumulation-flip"],
 )
-def test_resume_is_exact_mid_epoch(
-    options: dict[str, Any], model: Path, images: Path, tmp_path: Path
-) -> None:
+def test_resume_is_exact_mid_epoch(options: dict[str, Any], model: Path, images: Path, tmp_path: Path) -> None:
     options = {**options, "max_train_steps": 8, "seed": 3, "validation_steps": 2, "num_validation_images": 1}
     options["validation_inference_steps"] = 1
     _, whole = train(model, images, tmp_path / "whole", checkpointing_steps=3, **options)
@@ -266,6 +260,35 @@ def test_signal_saves_and_exits(number: signal.Signals, model: Path, images: Pat
     _, more = train(model, images, out, resume_from_checkpoint="latest", **options)
     _, whole = train(model, images, tmp_path / "whole", **options)
     assert losses(more) == pytest.approx(losses(whole), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly(model: Path, images: Path, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(f"{ENTRY}\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+    ]
+
+    def distributed(output: Path, *more: str) -> list[dict[str, float]]:
+        line = arguments(model, images, output, "--learning_rate", "0.01", "--checkpointing_steps", "2", *more)
+        line[line.index("--max_train_steps") + 1] = "4"
+        done = subprocess.run([*launch, *line], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return parts.read_log(output)
+
+    whole = distributed(tmp_path / "whole")
+    resumed = str(tmp_path / "whole" / "checkpoint-2")
+    rest = distributed(tmp_path / "rest", "--resume_from_checkpoint", resumed)
+    assert len(whole) == 4
+    assert rest == whole[2:]
 
 
 # Images.
@@ -411,9 +434,7 @@ def test_full_disk(model: Path, images: Path, tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.glob(".checkpoint-*"))
 
 
-def test_full_disk_for_the_adapter(
-    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_for_the_adapter(model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fera_ext.adapter import FeraAdapter
 
     def full(*_: Any) -> str:

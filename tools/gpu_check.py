@@ -22,9 +22,14 @@ SKIP = set(filter(None, os.environ.get("FERA_CHECK_SKIP", "").split(",")))
 def shell(name: str, command: list[str], env: dict[str, str] | None = None) -> tuple[bool, str]:
     """Runs one command with its output in a log; (success, output)."""
     print("+", " ".join(command), flush=True)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with open(LOGS / f"{name}.log", "w") as log:
         code = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **(env or {})}, stdout=log, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, **(env or {})},
+            stdout=log,
+            stderr=subprocess.STDOUT,
         ).returncode
     return code == 0, (LOGS / f"{name}.log").read_text(errors="replace")
 
@@ -64,7 +69,7 @@ def ctest() -> tuple[bool, str]:
 
 
 def pytest() -> tuple[bool, str]:
-    arguments = os.environ.get("FERA_CHECK_PYTEST", "-q -x --maxfail=20 -m 'gpu or not slow'")
+    arguments = os.environ.get("FERA_CHECK_PYTEST", "-q -m gpu")
     import shlex
 
     ok, text = shell("pytest", [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *shlex.split(arguments)])

@@ -11,7 +11,7 @@ template <class Real>
 __global__ void __launch_bounds__(128) latent_gate_finish(Partials partials, double eps, Router<Real> router,
                                                           Real* energy, Real* indicator, double* total, Real* gate) {
   __shared__ double sums[FERA_MAX_BANDS + 1];
-  __shared__ RouterShared<Real> shared;
+  __shared__ RouterShared shared;
   const int64_t n = blockIdx.x;
   add_partials(partials, n, router.bands, sums);
   if (threadIdx.x == 0) write_indicator(sums, router.bands, eps, n, energy, indicator, total);

@@ -8,7 +8,7 @@ namespace {
 
 template <class Real>
 __global__ void __launch_bounds__(128) router_softmax(Router<Real> router, const Real* energy, Real* gate) {
-  __shared__ RouterShared<Real> shared;
+  __shared__ RouterShared shared;
   const int64_t n = blockIdx.x;
   route(router, energy + n * router.bands, shared, gate + n * router.experts);
 }
@@ -19,11 +19,11 @@ template <class Real>
 __global__ void __launch_bounds__(FERA_MAX_HIDDEN)
     router_softmax_backward(Router<Real> router, int64_t n, const Real* energy, const Real* gate, const Real* grad,
                             Real* denergy, Real* dw1, Real* db1, Real* dw2, Real* db2) {
-  __shared__ Real dlogit[FERA_MAX_EXPERTS];
-  __shared__ Real scratch[32];
+  __shared__ double dlogit[FERA_MAX_EXPERTS];
+  __shared__ double scratch[32];
   const int i = threadIdx.x, bands = router.bands, experts = router.experts;
   const bool unit = i < router.hidden;
-  Real dw1_sum[FERA_MAX_BANDS], dw2_sum[FERA_MAX_EXPERTS], db1_sum = 0, db2_sum = 0;
+  double dw1_sum[FERA_MAX_BANDS], dw2_sum[FERA_MAX_EXPERTS], db1_sum = 0, db2_sum = 0;
 #pragma unroll
   for (int k = 0; k < FERA_MAX_BANDS; ++k) dw1_sum[k] = 0;
 #pragma unroll
@@ -33,23 +33,23 @@ __global__ void __launch_bounds__(FERA_MAX_HIDDEN)
     const Real *g = gate + row * experts, *dg = grad + row * experts, *x = energy + row * bands;
     __syncthreads();
     if (i < experts) {
-      Real mean = 0;
-      for (int e = 0; e < experts; ++e) mean += g[e] * dg[e];
+      double mean = 0;
+      for (int e = 0; e < experts; ++e) mean += static_cast<double>(g[e]) * dg[e];
       dlogit[i] = g[i] * (dg[i] - mean) * router.inverse_tau;
       db2_sum += dlogit[i];
     }
     __syncthreads();
-    Real dunit = 0;
+    double dunit = 0;
     if (unit) {
-      const Real before = router.unit(x, i), after = relu(before);
-      Real sum = 0;
+      const double before = router.unit(x, i), after = relu(before);
+      double sum = 0;
 #pragma unroll
       for (int e = 0; e < FERA_MAX_EXPERTS; ++e)
         if (e < experts) {
           sum += dlogit[e] * router.w2[e * router.hidden + i];
           dw2_sum[e] += dlogit[e] * after;
         }
-      dunit = before > 0 ? sum : before <= 0 ? Real(0) : before;  // NaN stays NaN
+      dunit = before > 0 ? sum : before <= 0 ? 0 : before;  // NaN stays NaN
       db1_sum += dunit;
 #pragma unroll
       for (int k = 0; k < FERA_MAX_BANDS; ++k)
@@ -57,21 +57,21 @@ __global__ void __launch_bounds__(FERA_MAX_HIDDEN)
     }
     if (denergy != nullptr)
       for (int k = 0; k < bands; ++k) {
-        const Real sum = block_sum(unit ? dunit * router.w1[i * bands + k] : Real(0), scratch);
-        if (i == 0) denergy[row * bands + k] = sum;
+        const double sum = block_sum(unit ? dunit * router.w1[i * bands + k] : 0.0, scratch);
+        if (i == 0) denergy[row * bands + k] = static_cast<Real>(sum);
       }
   }
   if (dw1 == nullptr) return;
   if (unit) {
-    db1[i] = db1_sum;
+    db1[i] = static_cast<Real>(db1_sum);
 #pragma unroll
     for (int k = 0; k < FERA_MAX_BANDS; ++k)
-      if (k < bands) dw1[i * bands + k] = dw1_sum[k];
+      if (k < bands) dw1[i * bands + k] = static_cast<Real>(dw1_sum[k]);
 #pragma unroll
     for (int e = 0; e < FERA_MAX_EXPERTS; ++e)
-      if (e < experts) dw2[e * router.hidden + i] = dw2_sum[e];
+      if (e < experts) dw2[e * router.hidden + i] = static_cast<Real>(dw2_sum[e]);
   }
-  if (i < experts) db2[i] = db2_sum;
+  if (i < experts) db2[i] = static_cast<Real>(db2_sum);
 }
 
 }  // namespace

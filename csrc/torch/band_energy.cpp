@@ -31,7 +31,7 @@ Tensor run_backward(const char* op, const Tensor& grad, const OptionalTensor& in
   const Latent latent(op, "z", z);
   const Filters filters(op, z, table, right, mix, reach);
   FERA_REQUIRE(op, grad.dim() == 2 && grad.size(0) == z.size(0) && grad.size(1) == filters.view.bands, "grad",
-               c10::str("(", z.size(0), ", ", filters.view.bands, ")"), grad.sizes());
+               join("(", z.size(0), ", ", filters.view.bands, ")"), grad.sizes());
   const Tensor upstream = grad.to(compute_type(z)).contiguous();
   const Tensor e = indicator.has_value() ? indicator->to(compute_type(z)).contiguous() : Tensor();
   const Tensor dz = at::empty(z.sizes(), z.options());

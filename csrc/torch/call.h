@@ -8,6 +8,9 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <cstdio>
+#include <string>
+
 #include "fera/fera.h"
 
 #if defined(FERA_TORCH_CUDA)
@@ -20,8 +23,40 @@ namespace fera::torch_binding {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-#define FERA_REQUIRE(op, condition, argument, rule, ...) \
-  TORCH_CHECK_VALUE(condition, op, ": ", argument, " must be ", rule, ", got ", __VA_ARGS__)
+// Values as they read in a sentence; no streams, for the reason in common/status.h.
+inline std::string text(const char* v) { return v; }
+inline std::string text(const std::string& v) { return v; }
+template <class Integer, std::enable_if_t<std::is_integral_v<Integer>, int> = 0>
+std::string text(Integer v) {
+  return std::to_string(v);
+}
+inline std::string text(at::ScalarType v) { return c10::toString(v); }
+inline std::string text(c10::Device v) { return v.str(); }
+inline std::string text(double v) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%g", v);
+  return digits;
+}
+inline std::string text(at::IntArrayRef v) {
+  std::string out = "[";
+  for (size_t i = 0; i < v.size(); ++i) out += (i ? ", " : "") + std::to_string(v[i]);
+  return out + "]";
+}
+template <class... Parts>
+std::string join(const Parts&... parts) {
+  return (text(parts) + ...);
+}
+
+[[noreturn]] inline void refuse(const std::string& sentence) {
+  TORCH_CHECK_VALUE(false, sentence);
+  std::abort();  // not reached
+}
+
+// Raises ValueError "<op>: <argument> must be <rule>, got <value>"; the last three are evaluated only then.
+#define FERA_REQUIRE(op, condition, argument, rule, value)                                                         \
+  do {                                                                                                             \
+    if (!(condition)) ::fera::torch_binding::refuse(join(op, ": ", argument, " must be ", rule, ", got ", value)); \
+  } while (0)
 
 inline fera_dtype dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
@@ -34,7 +69,7 @@ inline fera_dtype dtype_of(const char* op, const char* name, const Tensor& t) {
     case at::kDouble:
       return FERA_F64;
     default:
-      FERA_REQUIRE(op, false, name, "float32, float16, bfloat16 or float64", t.scalar_type());
+      refuse(join(op, ": ", name, " must be float32, float16, bfloat16 or float64, got ", t.scalar_type()));
   }
 }
 
@@ -44,7 +79,7 @@ inline at::ScalarType compute_type(const Tensor& t) {
 inline at::TensorOptions compute_options(const Tensor& t) { return t.options().dtype(compute_type(t)); }
 
 inline void require_same_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  FERA_REQUIRE(op, t.device() == like.device(), name, c10::str("on ", like.device()), t.device());
+  FERA_REQUIRE(op, t.device() == like.device(), name, join("on ", like.device()), t.device());
 }
 
 inline void parallel_for(void*, int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* data) {
@@ -73,7 +108,7 @@ void call(const Tensor& like, const Args& args, size_t (*workspace)(const Args*,
     context.parallel = parallel_for;
     status = cpu(&args, &context);
   }
-  if (status == FERA_INVALID) TORCH_CHECK_VALUE(false, fera_last_error());
+  if (status == FERA_INVALID) refuse(fera_last_error());
   TORCH_CHECK(status == FERA_OK, fera_last_error());
 }
 
@@ -139,13 +174,13 @@ class Filters {
       right_ = prepare(op, "right", *right, z);
       mix_ = prepare(op, "mix", *mix, z);
       const int64_t blurs = table_.size(0);
-      FERA_REQUIRE(op, (table_.sizes() == at::IntArrayRef{blurs, h, h}), "table", c10::str("(J, ", h, ", ", h, ")"),
+      FERA_REQUIRE(op, (table_.sizes() == at::IntArrayRef{blurs, h, h}), "table", join("(J, ", h, ", ", h, ")"),
                    table_.sizes());
       FERA_REQUIRE(op, (right_.sizes() == at::IntArrayRef{blurs, w, w}), "right",
-                   c10::str("(", blurs, ", ", w, ", ", w, ")"), right_.sizes());
-      FERA_REQUIRE(op, mix_.dim() == 2 && mix_.size(1) == blurs, "mix", c10::str("(K, ", blurs, ")"), mix_.sizes());
+                   join("(", blurs, ", ", w, ", ", w, ")"), right_.sizes());
+      FERA_REQUIRE(op, mix_.dim() == 2 && mix_.size(1) == blurs, "mix", join("(K, ", blurs, ")"), mix_.sizes());
       FERA_REQUIRE(op, static_cast<int64_t>(reach.size()) == blurs && blurs <= FERA_MAX_BANDS, "reach",
-                   c10::str("one number for each of at most 16 blurs"), reach.size());
+                   join("one number for each of at most 16 blurs"), reach.size());
       view.bands = static_cast<int32_t>(mix_.size(0));
       view.blurs = static_cast<int32_t>(blurs);
       for (int64_t j = 0; j < blurs; ++j) view.reach[j] = static_cast<int32_t>(reach[j]);
@@ -153,7 +188,7 @@ class Filters {
       view.mix = mix_.data_ptr();
     } else {
       FERA_REQUIRE(op, table_.dim() == 3 && table_.size(1) == h && table_.size(2) == w / 2 + 1, "table",
-                   c10::str("(K, ", h, ", ", w / 2 + 1, ")"), table_.sizes());
+                   join("(K, ", h, ", ", w / 2 + 1, ")"), table_.sizes());
     }
     view.table = table_.data_ptr();
   }

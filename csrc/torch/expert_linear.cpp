@@ -11,7 +11,7 @@ namespace {
 class Rows {
  public:
   Rows(const char* op, const char* name, const Tensor& t, int64_t width) : tensor(t) {
-    FERA_REQUIRE(op, t.dim() >= 2 && t.size(-1) == width, name, c10::str("(N, ..., ", width, ")"), t.sizes());
+    FERA_REQUIRE(op, t.dim() >= 2 && t.size(-1) == width, name, join("(N, ..., ", width, ")"), t.sizes());
     const fera_dtype dtype = dtype_of(op, name, t);
     const int64_t last = t.dim() - 1;
     bool merges = t.stride(last) == 1 || width == 1;
@@ -31,15 +31,14 @@ class Experts {
           double scale) {
     FERA_REQUIRE(op, x.dim() >= 2, "x", "(N, ..., in)", x.sizes());
     const int64_t in = x.size(-1), rows = x.size(0);
-    FERA_REQUIRE(op, lora_a.dim() == 3 && lora_a.size(2) == in, "lora_a", c10::str("(E, r, ", in, ")"), lora_a.sizes());
+    FERA_REQUIRE(op, lora_a.dim() == 3 && lora_a.size(2) == in, "lora_a", join("(E, r, ", in, ")"), lora_a.sizes());
     const int64_t experts = lora_a.size(0), rank = lora_a.size(1);
     FERA_REQUIRE(op, (lora_b.sizes() == at::IntArrayRef{out, experts, rank}), "lora_b",
-                 c10::str("(", out, ", ", experts, ", ", rank, ")"), lora_b.sizes());
-    FERA_REQUIRE(op, gate.dim() == 2 && gate.size(1) == experts, "gate", c10::str("(G, ", experts, ")"), gate.sizes());
+                 join("(", out, ", ", experts, ", ", rank, ")"), lora_b.sizes());
+    FERA_REQUIRE(op, gate.dim() == 2 && gate.size(1) == experts, "gate", join("(G, ", experts, ")"), gate.sizes());
     dtype_of(op, "gate", gate);
     const int64_t groups = gate.size(0);
-    FERA_REQUIRE(op, groups > 0 ? rows % groups == 0 : rows == 0, "gate rows", c10::str("a divisor of x's ", rows),
-                 groups);
+    FERA_REQUIRE(op, groups > 0 ? rows % groups == 0 : rows == 0, "gate rows", join("a divisor of x's ", rows), groups);
     FERA_REQUIRE(op, experts >= 1 && rank >= 1 && experts * rank <= FERA_MAX_RANK, "experts * rank", "from 1 to 512",
                  experts * rank);
     FERA_REQUIRE(op, std::isfinite(scale), "scale", "finite", scale);
@@ -93,15 +92,15 @@ std::tuple<Tensor, Tensor> expert_linear(const Tensor& x, const Tensor& weight, 
   const DeviceScope scope(x);
   dtype_of(op, "x", x);
   FERA_REQUIRE(op, x.dim() >= 2, "x", "(N, ..., in)", x.sizes());
-  FERA_REQUIRE(op, weight.dim() == 2 && weight.size(1) == x.size(-1), "weight", c10::str("(out, ", x.size(-1), ")"),
+  FERA_REQUIRE(op, weight.dim() == 2 && weight.size(1) == x.size(-1), "weight", join("(out, ", x.size(-1), ")"),
                weight.sizes());
-  FERA_REQUIRE(op, weight.scalar_type() == x.scalar_type(), "weight", c10::str("of x's dtype ", x.scalar_type()),
+  FERA_REQUIRE(op, weight.scalar_type() == x.scalar_type(), "weight", join("of x's dtype ", x.scalar_type()),
                weight.scalar_type());
   require_same_device(op, "weight", weight, x);
   if (bias.has_value()) {
-    FERA_REQUIRE(op, bias->dim() == 1 && bias->size(0) == weight.size(0), "bias", c10::str("(", weight.size(0), ")"),
+    FERA_REQUIRE(op, bias->dim() == 1 && bias->size(0) == weight.size(0), "bias", join("(", weight.size(0), ")"),
                  bias->sizes());
-    FERA_REQUIRE(op, bias->scalar_type() == x.scalar_type(), "bias", c10::str("of x's dtype ", x.scalar_type()),
+    FERA_REQUIRE(op, bias->scalar_type() == x.scalar_type(), "bias", join("of x's dtype ", x.scalar_type()),
                  bias->scalar_type());
   }
   const Experts experts(op, x, weight.size(0), lora_a, lora_b, gate, scale);
@@ -117,8 +116,8 @@ std::tuple<Tensor, Tensor> expert_update(const Tensor& base_out, const Tensor& x
   FERA_REQUIRE(op,
                x.dim() >= 2 && base_out.dim() == x.dim() &&
                    base_out.sizes().slice(0, x.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
-               "base_out", c10::str("(N, ..., out) with the leading sizes of x ", x.sizes()), base_out.sizes());
-  FERA_REQUIRE(op, base_out.scalar_type() == x.scalar_type(), "base_out", c10::str("of x's dtype ", x.scalar_type()),
+               "base_out", join("(N, ..., out) with the leading sizes of x ", x.sizes()), base_out.sizes());
+  FERA_REQUIRE(op, base_out.scalar_type() == x.scalar_type(), "base_out", join("of x's dtype ", x.scalar_type()),
                base_out.scalar_type());
   require_same_device(op, "base_out", base_out, x);
   const Experts experts(op, x, base_out.size(-1), lora_a, lora_b, gate, scale);
@@ -133,8 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& 
                                                                   double scale, std::array<bool, 4> wanted) {
   const char* op = "expert_linear_backward";
   const DeviceScope scope(x);
-  FERA_REQUIRE(op, dy.scalar_type() == x.scalar_type(), "dy", c10::str("of x's dtype ", x.scalar_type()),
-               dy.scalar_type());
+  FERA_REQUIRE(op, dy.scalar_type() == x.scalar_type(), "dy", join("of x's dtype ", x.scalar_type()), dy.scalar_type());
   const Experts experts(op, x, dy.size(-1), lora_a, lora_b, gate, scale);
   const Rows x_rows(op, "x", x, experts.view.in), dy_rows(op, "dy", dy, experts.view.out);
   const Tensor h_rows = h.contiguous();

@@ -11,8 +11,8 @@ struct Latents {
     require_like(op, "target", t, f);
   }
   static void require_like(const char* op, const char* name, const Tensor& t, const Tensor& fera) {
-    FERA_REQUIRE(op, t.sizes() == fera.sizes(), name, c10::str("of fera's shape ", fera.sizes()), t.sizes());
-    FERA_REQUIRE(op, t.scalar_type() == fera.scalar_type(), name, c10::str("of fera's dtype ", fera.scalar_type()),
+    FERA_REQUIRE(op, t.sizes() == fera.sizes(), name, join("of fera's shape ", fera.sizes()), t.sizes());
+    FERA_REQUIRE(op, t.scalar_type() == fera.scalar_type(), name, join("of fera's dtype ", fera.scalar_type()),
                  t.scalar_type());
     require_same_device(op, name, t, fera);
   }

@@ -10,9 +10,9 @@ class Router {
          double tau) {
     FERA_REQUIRE(op, w1.dim() == 2, "w1", "(hidden, K)", w1.sizes());
     const int64_t hidden = w1.size(0);
-    FERA_REQUIRE(op, w2.dim() == 2 && w2.size(1) == hidden, "w2", c10::str("(E, ", hidden, ")"), w2.sizes());
-    FERA_REQUIRE(op, b1.dim() == 1 && b1.size(0) == hidden, "b1", c10::str("(", hidden, ")"), b1.sizes());
-    FERA_REQUIRE(op, b2.dim() == 1 && b2.size(0) == w2.size(0), "b2", c10::str("(", w2.size(0), ")"), b2.sizes());
+    FERA_REQUIRE(op, w2.dim() == 2 && w2.size(1) == hidden, "w2", join("(E, ", hidden, ")"), w2.sizes());
+    FERA_REQUIRE(op, b1.dim() == 1 && b1.size(0) == hidden, "b1", join("(", hidden, ")"), b1.sizes());
+    FERA_REQUIRE(op, b2.dim() == 1 && b2.size(0) == w2.size(0), "b2", join("(", w2.size(0), ")"), b2.sizes());
     const at::ScalarType type = compute_type(like);
     const Tensor* given[] = {&w1, &b1, &w2, &b2};
     const char* names[] = {"w1", "b1", "w2", "b2"};
@@ -39,7 +39,7 @@ class Router {
 void require_energy(const char* op, const Tensor& energy, const Tensor& w1) {
   dtype_of(op, "energy", energy);
   FERA_REQUIRE(op, energy.dim() == 2 && w1.dim() == 2 && energy.size(1) == w1.size(1), "energy",
-               c10::str("(N, K) with K the columns of w1 ", w1.sizes()), energy.sizes());
+               join("(N, K) with K the columns of w1 ", w1.sizes()), energy.sizes());
 }
 
 Tensor router_softmax(const Tensor& energy, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,

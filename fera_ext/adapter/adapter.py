@@ -202,9 +202,7 @@ def check_tensors(
         raise ValueError(f"{who}: keys must be exactly the adapter's, got {'; '.join(parts)}")
     for name, (shape, dtype) in expected.items():
         if tensors[name].shape != shape:
-            raise ValueError(
-                f"{who}: {name} must be of shape {tuple(shape)}, got {tuple(tensors[name].shape)}"
-            )
+            raise ValueError(f"{who}: {name} must be of shape {tuple(shape)}, got {tuple(tensors[name].shape)}")
         if tensors[name].dtype != dtype:
             raise ValueError(f"{who}: {name} must be {dtype}, got {tensors[name].dtype}")
 

@@ -72,8 +72,7 @@ def check_model(model: nn.Module) -> None:
         )
     if any(isinstance(m, (FeraLinear, SoftFrequencyRouter)) for m in model.modules()):
         raise ValueError(
-            f"attach: model must have no adapter, got a {type(model).__name__} with one attached "
-            "(detach it first)"
+            f"attach: model must have no adapter, got a {type(model).__name__} with one attached (detach it first)"
         )
     if hasattr(model, ROUTER_NAME):
         raise ValueError(f"attach: model must have no attribute {ROUTER_NAME}, got one")

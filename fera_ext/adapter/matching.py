@@ -31,8 +31,7 @@ def match(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Module
         rule = unsupported(module)
         if rule:
             raise ValueError(
-                f"attach: {path} must be {rule} to be a target, got {type(module).__name__}"
-                f"{_nearest(path, model)}"
+                f"attach: {path} must be {rule} to be a target, got {type(module).__name__}{_nearest(path, model)}"
             )
         parent = modules[path.rpartition(".")[0]]
         if isinstance(parent, nn.MultiheadAttention):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,6 +26,9 @@ DEFINITIONS: dict[str, Callable[[dict[str, Any], int, int], Filters]] = {
     "author": author.filters,
 }
 """Band definitions by name. ``custom`` is not here: its filters are its parameters."""
+CUSTOM_MASKS: weakref.WeakValueDictionary[str, torch.Tensor] = weakref.WeakValueDictionary()
+"""Masks of the custom definitions alive, by sha256: a compiled graph knows a definition by its parameters alone."""
+
 
 @dataclass(frozen=True)
 class Bands:
@@ -91,6 +95,7 @@ class Bands:
             raise ValueError("bands: masks must be symmetric under w -> -w, got an asymmetric first column")
         digest = hashlib.sha256(table.numpy().tobytes()).hexdigest()
         params = (("K", int(table.shape[0])), ("shape", tuple(table.shape)), ("sha256", digest))
+        table = CUSTOM_MASKS.setdefault(digest, table)
         return Bands("custom", params, table)
 
     @property
@@ -137,9 +142,7 @@ def _mirror(column: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=256)
-def _filters(
-    bands: Bands, height: int, width: int, device: torch.device, dtype: torch.dtype
-) -> Filters:
+def _filters(bands: Bands, height: int, width: int, device: torch.device, dtype: torch.dtype) -> Filters:
     for name, size in (("height", height), ("width", width)):
         if not 1 <= size <= MAX_SIDE:
             raise ValueError(f"bands: {name} must be from 1 to {MAX_SIDE}, got {size}")

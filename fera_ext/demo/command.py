@@ -112,7 +112,5 @@ def _run(console: Any, output_dir: Path, steps: int, seed: int, asked: str) -> P
         raise DemoError(f"{error.filename or output_dir}: {error.strerror or error}") from error
     results(console, outcome, report)
     if not outcome.reload_error <= RELOAD_TOLERANCE:
-        raise DemoError(
-            f"samples after reloading must be the same, got {outcome.reload_error:.1e} between them"
-        )
+        raise DemoError(f"samples after reloading must be the same, got {outcome.reload_error:.1e} between them")
     return report

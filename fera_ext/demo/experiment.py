@@ -42,8 +42,11 @@ SAMPLES = 16
 SAMPLING_STEPS = 25
 CURVE_POINTS = 10
 
-Tick = Callable[[float], None]
-"""Called after each step with the loss."""
+Tick = Callable[[list[float]], None]
+"""Called after each step with the losses, if there are any."""
+
+Methods = dict[str, tuple[nn.Module, FeraAdapter | Lora]]
+"""By name, a model and what is attached to it."""
 
 
 @dataclass
@@ -173,44 +176,33 @@ class Experiment:
         budget = sum(p.numel() for p in like.parameters())
         return Lora(model, like.matched, budget, ALPHA_LORA)
 
-    def finetune(self, model: nn.Module, adapter: FeraAdapter | Lora, steps: int, tick: Tick) -> Training:
-        """Train an adapter on the training patches; FeRA with its consistency loss."""
-        parameters = list(adapter.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
-        result = Training(sum(p.numel() for p in parameters))
-        result.curve.append((0, self.evaluate(model).mean))
-        marks = {round(steps * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)}
-        seconds = []
-        for step in range(steps):
-            noisy, timesteps, target = self.batch(step)
-            start = self._now()
-            base = None
-            if isinstance(adapter, FeraAdapter):
-                with torch.no_grad(), adapter.disabled():
-                    base = model(noisy, timesteps).sample
-            predicted = model(noisy, timesteps).sample
-            squared = functional.mse_loss(predicted, target)
-            loss = squared
-            if base is not None and isinstance(adapter, FeraAdapter):
-                loss = squared + adapter.fecl_loss(base, predicted, target)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-            # A short warm-up, then linearly to a tenth: the last steps settle.
-            rate = min(1.0, (step + 1) / 10) * (1.0 - 0.9 * step / steps)
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * rate
-            optimizer.step()
-            seconds.append(self._now() - start)
-            result.losses.append(squared.item())
-            tick(result.losses[-1])
-            if step + 1 in marks:
-                result.final = self.evaluate(model)
-                result.curve.append((step + 1, result.final.mean))
-        result.seconds = statistics.median(seconds)
-        return result
+    def finetune(self, methods: Methods, steps: int, tick: Tick) -> dict[str, Training]:
+        """Train adapters on the training patches, step by step in turn, so that their times are comparable.
 
-    def _now(self) -> float:
+        Args:
+            methods: what to train; FeRA gets its consistency loss.
+            steps: of each.
+            tick: called after a step of all, with the last losses.
+        """
+        runs = {name: _Run(self, *method) for name, method in methods.items()}
+        marks = {0, *(round(steps * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS))}
+        for step in range(steps + 1):
+            if step in marks:
+                for run in runs.values():
+                    run.result.final = self.evaluate(run.model)
+                    run.result.curve.append((step, run.result.final.mean))
+            if step == steps:
+                break
+            batch = self.batch(step)
+            # A short warm-up, then linearly to a tenth: the last steps settle.
+            rate = LEARNING_RATE * min(1.0, (step + 1) / 10) * (1.0 - 0.9 * step / steps)
+            for run in runs.values():
+                run.step(batch, rate)
+            tick([run.result.losses[-1] for run in runs.values()])
+        return {name: run.finish() for name, run in runs.items()}
+
+    def now(self) -> float:
+        """Wall time in seconds, once the device has done what it was asked."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -230,7 +222,7 @@ class Experiment:
             if adapter is not None and adapter.gate is not None:
                 gates.append(adapter.gate.mean(0).tolist())
             latents = scheduler.step(predicted, t, latents).prev_sample
-            tick(0.0)
+            tick([])
         pixels = (latents.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
         images = pixels.permute(0, 2, 3, 1).cpu().numpy()
         return Sampling(images, latents.cpu(), scheduler.timesteps.tolist(), energies, gates)
@@ -245,6 +237,44 @@ class Experiment:
         images = self.held_out_images if held_out else self.train_images
         values = random_patches(images, SAMPLES, np.random.default_rng((self.seed, 3)))
         return np.rint(values * 127.5 + 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+class _Run:
+    """One method's fine-tuning, a step at a time."""
+
+    def __init__(self, experiment: Experiment, model: nn.Module, adapter: FeraAdapter | Lora) -> None:
+        self.now = experiment.now
+        self.model = model
+        self.fera = adapter if isinstance(adapter, FeraAdapter) else None
+        self.parameters = list(adapter.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=0.0)
+        self.seconds: list[float] = []
+        self.result = Training(sum(p.numel() for p in self.parameters))
+
+    def step(self, batch: tuple[Tensor, Tensor, Tensor], rate: float) -> None:
+        noisy, timesteps, target = batch
+        start = self.now()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        base = None
+        if self.fera is not None:
+            with torch.no_grad(), self.fera.disabled():
+                base = self.model(noisy, timesteps).sample
+        predicted = self.model(noisy, timesteps).sample
+        squared = functional.mse_loss(predicted, target)
+        loss = squared
+        if self.fera is not None and base is not None:
+            loss = squared + self.fera.fecl_loss(base, predicted, target)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_NORM)
+        self.optimizer.step()
+        self.seconds.append(self.now() - start)
+        self.result.losses.append(squared.item())
+
+    def finish(self) -> Training:
+        self.result.seconds = statistics.median(self.seconds)
+        return self.result
 
 
 def _sampler() -> Any:

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fera_ext.demo.experiment import CONFIG, SAMPLING_STEPS, Experiment, Tick
+from fera_ext.demo.experiment import CONFIG, SAMPLING_STEPS, Experiment, Methods, Tick
 from fera_ext.demo.report import COLUMNS, Outcome
 
 
@@ -49,33 +49,33 @@ def tracked(console: Console, output_dir: Path, steps: int, seed: int, device: t
     with bars:
         plan = [
             ("samples before", SAMPLING_STEPS),
-            ("LoRA: fine-tuning", steps),
+            ("fine-tuning both", steps),
             ("LoRA: samples", SAMPLING_STEPS),
-            ("FeRA: fine-tuning", steps),
             ("FeRA: samples", SAMPLING_STEPS),
             ("FeRA: loaded again", SAMPLING_STEPS),
         ]
+        methods: Methods = {}
         tasks = {name: bars.add_task(name, total=total, figure="", start=False) for name, total in plan}
 
-        def ticker(name: str, show_loss: bool = False) -> Tick:
+        def ticker(name: str) -> Tick:
             task: TaskID = tasks[name]
             bars.start_task(task)
 
-            def tick(loss: float) -> None:
-                bars.update(task, advance=1, figure=f"loss {loss:.4f}" if show_loss else "")
+            def tick(losses: list[float]) -> None:
+                figure = "  ".join(f"{name} {loss:.3f}" for name, loss in zip(methods, losses))
+                bars.update(task, advance=1, figure=figure)
 
             return tick
 
         experiment = Experiment(seed, device)
-        base = experiment.new_model()
-        before = experiment.evaluate(base)
-        samplings = {"before": experiment.sample(base, None, ticker("samples before"))}
-        fera_model, lora_model = base, experiment.new_model()
+        fera_model, lora_model = experiment.new_model(), experiment.new_model()
+        before = experiment.evaluate(fera_model)
+        samplings = {"before": experiment.sample(fera_model, None, ticker("samples before"))}
         fera = experiment.new_fera(fera_model)
         lora = experiment.new_lora(lora_model, fera)
-        trainings = {"LoRA": experiment.finetune(lora_model, lora, steps, ticker("LoRA: fine-tuning", True))}
+        methods.update(LoRA=(lora_model, lora), FeRA=(fera_model, fera))
+        trainings = experiment.finetune(methods, steps, ticker("fine-tuning both"))
         samplings["LoRA"] = experiment.sample(lora_model, None, ticker("LoRA: samples"))
-        trainings["FeRA"] = experiment.finetune(fera_model, fera, steps, ticker("FeRA: fine-tuning", True))
         samplings["FeRA"] = experiment.sample(fera_model, fera, ticker("FeRA: samples"))
         saved = Path(fera.save(output_dir / "adapter"))
         reloaded = experiment.reload_and_sample(saved.parent, ticker("FeRA: loaded again"))

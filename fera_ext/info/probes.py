@@ -14,9 +14,7 @@ LIMIT = 1e-5
 """Largest ||difference|| / ||twin|| a probe may show in float32; section 5 of the design asks 2e-6 to 1e-5."""
 
 
-def probes(
-    device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, Callable[[Any], Tensor], list[Tensor]]]:
+def probes(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[Any], Tensor], list[Tensor]]]:
     """Yields (operator, call on a module of operators, tensors whose gradients are compared).
 
     The numbers are float32 ones in either dtype, so that float32 operators meet a float64 twin.
@@ -63,7 +61,13 @@ def check(device: torch.device) -> list[dict[str, Any]]:
     rows = []
     twins = probes(device, torch.float64)
     for (name, call, leaves), (_, twin, twin_leaves) in zip(probes(device, torch.float32), twins):
-        row: dict[str, Any] = {"operator": name, "device": str(device), "ok": False, "error": None, "message": ""}
+        row: dict[str, Any] = {
+            "operator": name,
+            "device": str(device),
+            "ok": False,
+            "error": None,
+            "message": "",
+        }
         try:
             pairs = list(zip(_run(call, ops, leaves), _run(twin, reference, twin_leaves)))
             row["error"] = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)

@@ -20,16 +20,22 @@ VARIANTS = {
 def _advice(build: dict[str, Any], runtime: dict[str, Any]) -> list[str]:
     advice = []
     if not runtime["torch_cuda"]:
-        advice.append("torch is a CPU build: operators run on the CPU; for a GPU, install a CUDA build of torch and rebuild")
+        advice.append(
+            "torch is a CPU build: operators run on the CPU; for a GPU, install a CUDA build of torch and rebuild"
+        )
     elif not build["operators_cuda"]:
-        advice.append("torch has CUDA but this copy was built without: install the CUDA toolkit (nvcc), then rebuild "
-                      "with FERA_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .")
+        advice.append(
+            "torch has CUDA but this copy was built without: install the CUDA toolkit (nvcc), then rebuild "
+            "with FERA_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ."
+        )
     elif not runtime["gpus"]:
         advice.append("built for CUDA, but no GPU is visible: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES")
     for gpu in runtime["gpus"]:
         if not gpu["covered"]:
-            advice.append(f"no kernels for {gpu['name']} (sm_{gpu['capability']}): rebuild with "
-                          f"TORCH_CUDA_ARCH_LIST={gpu['capability'] // 10}.{gpu['capability'] % 10}")
+            advice.append(
+                f"no kernels for {gpu['name']} (sm_{gpu['capability']}): rebuild with "
+                f"TORCH_CUDA_ARCH_LIST={gpu['capability'] // 10}.{gpu['capability'] % 10}"
+            )
     return advice
 
 
@@ -41,9 +47,9 @@ def _covered(capability: int, targets: str) -> bool:
         if number[-1] in "af":
             if plain == capability:
                 return True
-        elif kind in ("virtual", "") and plain <= capability:
-            return True
-        elif plain // 10 == capability // 10 and plain <= capability:
+        elif (kind in ("virtual", "") and plain <= capability) or (
+            plain // 10 == capability // 10 and plain <= capability
+        ):
             return True
     return False
 
@@ -70,9 +76,8 @@ def collect(explain: bool = False) -> dict[str, Any]:
         "ok": False,
     }
     try:
-        from fera_ext._extension import C
-
         from fera_ext._build_info import INFO
+        from fera_ext._extension import C
     except ImportError as error:
         report["error"] = str(error)
         report["advice"] = [str(error)]
@@ -115,7 +120,11 @@ def render(report: dict[str, Any]) -> None:
     table.add_row("torch", f"{runtime['torch']} ({cuda})")
     if build:
         table.add_row("built against", f"torch {build['torch']}, {build['compiler']}")
-        kernels = f"nvcc {build['nvcc']} for {build['targets']}" if build["core_cuda"] else "none (no nvcc at build time, or FERA_CUDA=0)"
+        kernels = (
+            f"nvcc {build['nvcc']} for {build['targets']}"
+            if build["core_cuda"]
+            else "none (no nvcc at build time, or FERA_CUDA=0)"
+        )
         table.add_row("CUDA kernels", kernels)
         table.add_row("torch operators", "CPU and CUDA" if build["operators_cuda"] else "CPU only")
     table.add_row("CPU threads", str(runtime["threads"]))

@@ -76,9 +76,7 @@ class FeraLinear(nn.Module):
     lora_B: nn.Parameter
 
     @staticmethod
-    def expert_shapes(
-        in_features: int, out_features: int, rank: int, num_experts: int
-    ) -> dict[str, tuple[int, ...]]:
+    def expert_shapes(in_features: int, out_features: int, rank: int, num_experts: int) -> dict[str, tuple[int, ...]]:
         """The shape of every expert parameter, by name."""
         return {
             "lora_A": (num_experts, rank, in_features),
@@ -151,8 +149,7 @@ def unsupported(base: nn.Module) -> str | None:
     if isinstance(base, FeraLinear):
         return "a layer without experts"
     if not (
-        isinstance(getattr(base, "in_features", None), int)
-        and isinstance(getattr(base, "out_features", None), int)
+        isinstance(getattr(base, "in_features", None), int) and isinstance(getattr(base, "out_features", None), int)
     ):
         return "a linear layer (with in_features and out_features)"
     if _device(base).type == "meta":

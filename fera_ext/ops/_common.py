@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fera_ext.bands import Bands
+from fera_ext.bands.definition import CUSTOM_MASKS
 
 # The band definition's filters as the operators take them: table, right, mix, reach.
 FilterArgs = tuple[Tensor, Tensor | None, Tensor | None, list[int]]
@@ -29,15 +30,13 @@ _held = _Held()
 _names: dict[tuple[Bands, int, int, str, torch.dtype], str] = {}
 
 
-def _hold(
-    custom: Bands | None, name: str, params: Any, height: int, width: int, device: str, dtype: torch.dtype
-) -> str:
+def _hold(name: str, params: Any, height: int, width: int, device: str, dtype: torch.dtype) -> str:
     """Builds the filters while a graph is traced, and says under which name they are held.
 
-    A definition without masks comes as its name and parameters: dynamo makes constants of those even where
-    the traced function built the Bands itself.
+    The definition comes as its name and parameters: dynamo makes constants of those, even where the traced
+    function built the Bands itself, and not of the Bands.
     """
-    bands = Bands(name, params) if custom is None else custom
+    bands = Bands(name, params, CUSTOM_MASKS.get(dict(params).get("sha256", "")))
     held = _names.setdefault((bands, height, width, device, dtype), f"filters{len(_names)}")
     filters = bands.filters(height, width, torch.device(device), dtype)
     for part in ("table", "right", "mix"):
@@ -64,8 +63,7 @@ def filter_args(op: str, bands: Bands, z: Tensor) -> FilterArgs:
     if torch.compiler.is_compiling():
         # index() makes a symbolic size a constant: the filters belong to one size, so graphs do too.
         height, width, device = index(z.shape[-2]), index(z.shape[-1]), str(z.device)
-        custom = bands if bands.masks is not None else None
-        name = _hold(custom, bands.name, bands.params, height, width, device, dtype)
+        name = _hold(bands.name, bands.params, height, width, device, dtype)
         return (
             getattr(_held, f"{name}_table"),
             getattr(_held, f"{name}_right"),

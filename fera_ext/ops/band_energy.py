@@ -104,6 +104,4 @@ def _frequency_energy_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...
 
 
 torch.library.register_autograd("fera_ext::band_energy", _band_energy_backward, setup_context=_save_latent)
-torch.library.register_autograd(
-    "fera_ext::frequency_energy", _frequency_energy_backward, setup_context=_save_indicator
-)
+torch.library.register_autograd("fera_ext::frequency_energy", _frequency_energy_backward, setup_context=_save_indicator)

@@ -42,9 +42,7 @@ def expert_linear(
     return _ops.expert_linear(x, weight, bias, lora_a, lora_b, gate, scale)[0]
 
 
-def expert_update(
-    base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float
-) -> Tensor:
+def expert_update(base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float) -> Tensor:
     """``y = base_out + sum_m gate[n, m] * scale * B_m (A_m x)``, for any base layer: quantised, sharded, convolved.
 
     Args:
@@ -89,9 +87,7 @@ def _(
 
 
 @torch.library.register_fake("fera_ext::expert_update")
-def _(
-    base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return base_out.new_empty(base_out.shape), _hidden(x, lora_a)
 
 

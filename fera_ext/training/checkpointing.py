@@ -86,14 +86,14 @@ def check_pinned(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any])
         raise UsageError(f"settings must be those of {path}, got {', '.join(different)}")
 
 
-def read_tensors(path: Path, device: torch.device) -> dict[str, Any]:
-    """A checkpoint's optimizer, schedule and scaler states.
+def read_tensors(path: Path) -> dict[str, Any]:
+    """A checkpoint's optimizer, schedule and scaler states, on the CPU; loading them moves them.
 
     Raises:
         TrainError: the file is missing or damaged.
     """
     try:
-        return torch.load(path / TENSOR_FILE, map_location=device, weights_only=True)
+        return torch.load(path / TENSOR_FILE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for a damaged file
         raise TrainError(f"{path} must be a complete checkpoint, got {first_line(error)}") from error
 

@@ -29,9 +29,9 @@ def train(
         Optional[str],  # noqa: UP045 (typer evaluates it)
         _flag("instance_prompt", "The prompt of all images; a class for DiT.", DATA),
     ] = None,
-    output_dir: Annotated[
-        Path, _flag("output_dir", "Where the adapter, the checkpoints and the log go.", RUN)
-    ] = Path("fera-adapter"),
+    output_dir: Annotated[Path, _flag("output_dir", "Where the adapter, the checkpoints and the log go.", RUN)] = Path(
+        "fera-adapter"
+    ),
     revision: Annotated[Optional[str], _flag("revision", "Revision on the hub.", MODEL)] = None,  # noqa: UP045
     variant: Annotated[
         Optional[str], _flag("variant", "Variant of the weight files, such as fp16.", MODEL)  # noqa: UP045
@@ -58,9 +58,7 @@ def train(
     ] = 100,
     target_modules: Annotated[
         Optional[str],  # noqa: UP045
-        _flag(
-            "target_modules", "Comma-separated path suffixes; to_q,to_k,to_v,to_out.0 by default.", ADAPTER
-        ),
+        _flag("target_modules", "Comma-separated path suffixes; to_q,to_k,to_v,to_out.0 by default.", ADAPTER),
     ] = None,
     learning_rate: Annotated[float, _flag("learning_rate", "Peak learning rate.", OPTIMIZER)] = 1e-4,
     lr_scheduler: Annotated[
@@ -85,18 +83,14 @@ def train(
     gradient_accumulation_steps: Annotated[
         int, _flag("gradient_accumulation_steps", "Batches per optimizer step.", RUN)
     ] = 1,
-    gradient_checkpointing: Annotated[
-        bool, _flag("gradient_checkpointing", "Less memory, more time.", RUN)
-    ] = False,
+    gradient_checkpointing: Annotated[bool, _flag("gradient_checkpointing", "Less memory, more time.", RUN)] = False,
     mixed_precision: Annotated[
         str, _flag("mixed_precision", "no, fp16 or bf16; the adapter stays float32.", RUN)
     ] = "no",
     allow_tf32: Annotated[bool, _flag("allow_tf32", "TF32 products on Ampere and newer.", RUN)] = False,
     seed: Annotated[int, _flag("seed", "Of all random draws.", RUN)] = 0,
     max_train_steps: Annotated[int, _flag("max_train_steps", "Optimizer steps.", RUN)] = 500,
-    checkpointing_steps: Annotated[
-        int, _flag("checkpointing_steps", "Steps between checkpoints; 0: none.", RUN)
-    ] = 500,
+    checkpointing_steps: Annotated[int, _flag("checkpointing_steps", "Steps between checkpoints; 0: none.", RUN)] = 500,
     checkpoints_total_limit: Annotated[
         Optional[int],  # noqa: UP045
         _flag("checkpoints_total_limit", "Keep only the newest so many.", RUN),
@@ -111,9 +105,7 @@ def train(
         Optional[str],  # noqa: UP045
         _flag("validation_prompt", "Prompt of the images drawn on the way and at the end.", VALIDATION),
     ] = None,
-    num_validation_images: Annotated[
-        int, _flag("num_validation_images", "Images drawn each time.", VALIDATION)
-    ] = 4,
+    num_validation_images: Annotated[int, _flag("num_validation_images", "Images drawn each time.", VALIDATION)] = 4,
     validation_steps: Annotated[
         int, _flag("validation_steps", "Steps between validations; 0: at the end only.", VALIDATION)
     ] = 0,

@@ -79,8 +79,7 @@ class Family:
 
         if resolution % self.multiple:
             raise UsageError(
-                f"resolution must be a multiple of {self.multiple} for {type(self.pipe).__name__}, "
-                f"got {resolution}"
+                f"resolution must be a multiple of {self.multiple} for {type(self.pipe).__name__}, got {resolution}"
             )
         if resolution // self.vae_factor > MAX_SIDE:
             raise UsageError(f"resolution must be at most {MAX_SIDE * self.vae_factor}, got {resolution}")
@@ -193,9 +192,7 @@ class StableDiffusionXL(Family):
         target = torch.full_like(batch.sizes, batch.pixels.shape[-1])
         ids = torch.cat([batch.sizes, batch.corners, target], dim=1).to(self.device, self.dtype)
         added = {"text_embeds": conditioning["pooled"], "time_ids": ids}
-        return model(
-            latents, timesteps, encoder_hidden_states=conditioning["text"], added_cond_kwargs=added
-        ).sample
+        return model(latents, timesteps, encoder_hidden_states=conditioning["text"], added_cond_kwargs=added).sample
 
 
 class StableDiffusion3(Family):
@@ -271,9 +268,7 @@ class PixArt(Family):
     draw_options = {"clean_caption": False, "use_resolution_binning": False}  # noqa: RUF012 (read only)
 
     def encode_text(self, prompt: str) -> dict[str, Tensor | None]:
-        text, mask, _, _ = self.pipe.encode_prompt(
-            prompt, do_classifier_free_guidance=False, device=self.device
-        )
+        text, mask, _, _ = self.pipe.encode_prompt(prompt, do_classifier_free_guidance=False, device=self.device)
         return {"text": text, "mask": mask}
 
     def call(self, model, latents, timesteps, conditioning, batch):  # type: ignore[no-untyped-def]
@@ -300,9 +295,7 @@ class DiT(Family):
         elif prompt.isdecimal() and int(prompt) < self.denoiser.config.num_embeds_ada_norm:
             label = int(prompt)
         else:
-            raise UsageError(
-                f"instance_prompt must be a class of the model by number or name, got {prompt!r}"
-            )
+            raise UsageError(f"instance_prompt must be a class of the model by number or name, got {prompt!r}")
         return {"label": torch.tensor([label])}
 
     def call(self, model, latents, timesteps, conditioning, batch):  # type: ignore[no-untyped-def]

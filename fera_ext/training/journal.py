@@ -27,9 +27,7 @@ class Journal:
         console: where the progress goes; a bar on a terminal, a few lines elsewhere.
     """
 
-    def __init__(
-        self, output_dir: Path, first: int, last: int, active: bool, tracker: Any, console: Console
-    ) -> None:
+    def __init__(self, output_dir: Path, first: int, last: int, active: bool, tracker: Any, console: Console) -> None:
         self.path = output_dir / FILE_NAME
         self.first, self.last = first, last
         self.active = active

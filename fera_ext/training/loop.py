@@ -204,7 +204,7 @@ class Trainer:
                 f"max_train_steps must be more than the {state['step']} steps of {path}, "
                 f"got {self.settings.max_train_steps}"
             )
-        tensors = checkpointing.read_tensors(path, self.accelerator.device)
+        tensors = checkpointing.read_tensors(path)
         try:
             self.optimizer.load_state_dict(tensors["optimizer"])
             self.schedule.load_state_dict(tensors["schedule"])
