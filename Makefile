@@ -31,7 +31,7 @@ $(BIN)/python:
 
 # torch first and alone: the extension is built against exactly this one.
 $(VENV)/.torch: | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=70,<81" wheel cmake ninja
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77,<81" wheel cmake ninja
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
 	@touch $@
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 
 import pytest
@@ -109,7 +110,9 @@ def test_opcheck(sample: Sample, dtype: torch.dtype, device: torch.device) -> No
             if backward
             else ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
         )
-        opcheck(func, args, test_utils=utils, rtol=1e-3, atol=1e-3)
+        # Older torch has no tolerances here; its own are float32's, too tight for bfloat16.
+        limits = {"rtol": 1e-3, "atol": 1e-3} if "rtol" in inspect.signature(opcheck).parameters else {}
+        opcheck(func, args, test_utils=utils, **limits)
 
 
 @pytest.mark.parametrize("sample", [s for s in ALL if "rings" not in s.note and "5d" not in s.note], ids=str)
