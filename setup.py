@@ -167,7 +167,9 @@ setup(
             sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "torch").glob("*.cpp")),
             include_dirs=[str(ROOT / "csrc" / "include")],
             libraries=["fera"],
-            extra_compile_args=["-O2", "-Wall", "-Wno-unused-function", "-fvisibility=hidden"],
+            # at::parallel_for is a header template that runs serially unless OpenMP is on here. It is not linked:
+            # its symbols come from the runtime that libtorch_cpu brings, so that there is one pool of threads.
+            extra_compile_args=["-O2", "-Wall", "-Wno-unused-function", "-fvisibility=hidden", "-fopenmp"],
             extra_link_args=["-Wl,-rpath,$ORIGIN/lib"],
         )
     ],

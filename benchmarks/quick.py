@@ -48,7 +48,8 @@ def latent_cases(
     router = [torch.randn(s, device=device, requires_grad=True) for s in ((64, bands.count), (64,), (3, 64), (3,))]
     label = f"{bands.name} {shape}"
     yield f"band_energy {label}", both(lambda m: m.band_energy(z, bands)), [z]
-    yield f"latent_gate {label}", both(lambda m: m.latent_gate(z, bands, *router, 0.7)), router
+    latent = z.detach()  # a trainer's latent asks for no gradient
+    yield f"latent_gate {label}", both(lambda m: m.latent_gate(latent, bands, *router, 0.7)), router
     yield f"fecl_loss {label}", both(lambda m: m.fecl_loss(base, z, target, bands)), [z]
 
 

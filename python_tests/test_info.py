@@ -24,6 +24,10 @@ def test_everything_works_here() -> None:
     assert all(row["error"] <= probes.LIMIT for row in found["operators"])
 
 
+def test_cpu_kernels_use_torchs_threads() -> None:
+    assert _extension.C.parallel, "the bindings were compiled without OpenMP: at::parallel_for would be serial"
+
+
 def test_tables() -> None:
     result = CliRunner().invoke(app, ["info", "--explain"], terminal_width=200)
     assert result.exit_code == 0

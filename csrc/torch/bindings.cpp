@@ -1,4 +1,5 @@
 // The extension module: importing it registers torch.ops.fera_ext.*, and it says how it was built.
+#include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
@@ -10,6 +11,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("core_cuda") = fera_has_cuda() != 0;
   m.attr("core_cuda_targets") = fera_cuda_targets();
   m.attr("torch_version") = TORCH_VERSION;
+#if defined(INTRA_OP_PARALLEL)
+  m.attr("parallel") = true;  // at::parallel_for uses torch's threads
+#else
+  m.attr("parallel") = false;
+#endif
 #if defined(FERA_TORCH_CUDA)
   m.attr("torch_cuda") = true;
 #else

@@ -82,7 +82,7 @@ def collect(explain: bool = False) -> dict[str, Any]:
         report["error"] = str(error)
         report["advice"] = [str(error)]
         return report
-    report["build"] = {**INFO, "core_version": C.core_version, "targets": C.core_cuda_targets}
+    report["build"] = {**INFO, "core_version": C.core_version, "targets": C.core_cuda_targets, "parallel": C.parallel}
     devices = [torch.device("cpu")]
     if INFO["operators_cuda"] and torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -134,6 +134,8 @@ def render(report: dict[str, Any]) -> None:
     if not runtime["gpus"]:
         table.add_row("GPU", "none in use")
     console.print(table)
+    if build and not build["parallel"]:
+        report["advice"].append("the bindings were compiled without OpenMP, CPU kernels run on one thread: rebuild")
     if report["operators"]:
         operators = Table(title="operators, forward and backward against plain PyTorch", title_justify="left")
         for column in ("operator", "device", "works", "relative error"):
