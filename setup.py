@@ -3,7 +3,7 @@
 Environment:
     FERA_CUDA             auto (default: CUDA kernels where nvcc is found), 1 (fail without), 0 (CPU only)
     FERA_CORE             a folder with a core built elsewhere (lib/libfera.so, include/fera/fera.h); skips CMake
-    TORCH_CUDA_ARCH_LIST  targets, e.g. "9.0a" or "8.0 8.6+PTX"; default 8.0 8.6 8.9 9.0a and PTX of the newest
+    TORCH_CUDA_ARCH_LIST  targets, e.g. "9.0a" or "8.0 8.6+PTX"; default 8.0 8.6 8.9 9.0a, PTX of 9.0 and the newest
     MAX_JOBS              parallel compile jobs
 """
 
@@ -59,8 +59,17 @@ def find_cuda_home() -> Path | None:
     return None
 
 
+def find_cuda_include() -> Path | None:
+    """Where cuda_runtime_api.h is: the toolkit, or the headers that CUDA torch brings as Python packages."""
+    if CUDA_HOME:
+        return CUDA_HOME / "include"
+    site = Path(torch.__file__).parents[1]
+    return next((p.parent for p in sorted(site.glob("nvidia/*/include/cuda_runtime_api.h"))), None)
+
+
 CUDA_HOME = find_cuda_home() if FERA_CUDA != "0" else None
-if FERA_CUDA == "1" and CUDA_HOME is None:
+CUDA_INCLUDE = find_cuda_include() if FERA_CUDA != "0" else None
+if FERA_CUDA == "1" and CUDA_HOME is None and "FERA_CORE" not in os.environ:
     fail("FERA_CUDA=1 needs the CUDA toolkit (>= 12.4), and none was found; install it and set CUDA_HOME")
 if FERA_CUDA == "1" and torch.version.cuda is None:
     fail(f"FERA_CUDA=1 needs a CUDA build of torch, got the CPU build {torch.__version__}")
@@ -118,12 +127,14 @@ class BuildExtension(cpp_extension.BuildExtension):
                 target.unlink(missing_ok=True)
                 shutil.copy2(source, target)
         core_cuda = core_has_cuda(core)
-        with_cuda = core_cuda and torch.version.cuda is not None and CUDA_HOME is not None
+        with_cuda = core_cuda and torch.version.cuda is not None and CUDA_INCLUDE is not None
+        if FERA_CUDA == "1" and not with_cuda:
+            fail("FERA_CUDA=1 needs a core with CUDA and cuda_runtime_api.h, and one of them is missing")
         extension = self.extensions[0]
         extension.library_dirs.append(str(core / "lib"))
         if with_cuda:
             extension.define_macros.append(("FERA_TORCH_CUDA", "1"))
-            extension.include_dirs.append(str(CUDA_HOME / "include"))
+            extension.include_dirs.append(str(CUDA_INCLUDE))
             extension.libraries += ["c10_cuda", "torch_cuda"]
         super().run()
         write_build_info(package, core_cuda, with_cuda)

@@ -41,8 +41,9 @@ if(NOT CMAKE_CUDA_ARCHITECTURES)
   list(TRANSFORM known REPLACE "compute_" "")
   list(SORT known COMPARE NATURAL)
   list(GET known -1 newest)
-  # Ampere, consumer Ampere, Ada, Hopper; anything newer compiles the newest PTX at load.
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real ${newest}-virtual)
+  # Ampere, consumer Ampere, Ada, Hopper. Anything newer compiles PTX at load: Hopper's, which every later part
+  # takes, and the newest, which only the newest parts do.
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 90-virtual ${newest}-virtual)
 endif()
 
 enable_language(CUDA)

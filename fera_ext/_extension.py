@@ -6,6 +6,9 @@ from types import ModuleType
 
 import torch
 
+BINDINGS = 3
+"""Version of what csrc/torch/bindings.cpp and the Python halves expect of each other; raised together."""
+
 REBUILD = "rebuild it with: pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -34,6 +37,10 @@ def load() -> ModuleType:
         from fera_ext import _C
     except ImportError as error:
         raise ImportError(f"fera_ext: its libraries must load, got: {error}; {REBUILD}") from error
+    # An editable install whose sources moved on without a rebuild.
+    bindings = getattr(_C, "bindings", None)
+    if bindings != BINDINGS:
+        raise ImportError(f"fera_ext: the compiled bindings must be of version {BINDINGS}, got {bindings}; {REBUILD}")
     return _C
 
 

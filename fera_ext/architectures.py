@@ -1,8 +1,13 @@
 """Where each architecture's forward holds the latent: one line of :data:`ARCHITECTURES` a model class.
 
-The gate is computed from the whole tensor the denoiser receives. An entry maps the arguments of a call to
-the latent ``(B, ..., H, W)``. A class that is not here is taken by the name of a parent class that is, else
-its forward's first argument must be the latent.
+The gate is computed from the noisy latent. An entry maps the arguments of a call to the latent
+``(B, ..., H, W)``. A class that is not here is taken by the name of a parent class that is, else its forward's
+first argument must be the latent.
+
+UNets that take conditioning channels beside the latent (inpainting, InstructPix2Pix, depth, upscaling, SVD) have
+more input than output channels; their pipelines put the noisy latent first, so its ``out_channels`` channels are
+the latent and the rest is left out. A pipeline with another order (Marigold: the image first) needs ``attach``'s
+``latent`` function.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,13 +73,43 @@ Extract = Callable[[tuple[Any, ...], Mapping[str, Any], LatentSize], Any]
 """(args, kwargs, latent size) of a forward to its latent."""
 
 
-def argument(name: str) -> Extract:
-    """The forward's first argument, called ``name``."""
+@dataclass(frozen=True)
+class Argument:
+    """The forward's first argument.
 
-    def extract(args: tuple[Any, ...], kwargs: Mapping[str, Any], size: LatentSize) -> Any:
-        return args[0] if args else kwargs.get(name)
+    Attributes:
+        name: what it is called.
+    """
 
-    return extract
+    name: str
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: LatentSize) -> Any:
+        return args[0] if args else kwargs.get(self.name)
+
+
+@dataclass(frozen=True)
+class NoisyChannels(Argument):
+    """The noisy latent's channels of the forward's first argument, (B, C, H, W) or (B, F, C, H, W).
+
+    Attributes:
+        channels: how many of the leading channels are the noisy latent's; None for all.
+    """
+
+    channels: int | None = None
+
+    def of(self, model: nn.Module) -> NoisyChannels:
+        """The same for ``model``: ``out_channels`` where its configuration has more input channels."""
+        config = getattr(model, "config", None)
+        taken, given = getattr(config, "in_channels", None), getattr(config, "out_channels", None)
+        if isinstance(taken, int) and isinstance(given, int) and taken > given:
+            return replace(self, channels=given)
+        return self
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: LatentSize) -> Any:
+        latent = super().__call__(args, kwargs, size)
+        if self.channels is None or not isinstance(latent, Tensor) or latent.ndim not in (4, 5):
+            return latent
+        return latent[..., : self.channels, :, :]
 
 
 def packed_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], size: LatentSize) -> Tensor:
@@ -106,13 +142,13 @@ def packed_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], size: Latent
 
 
 ARCHITECTURES: dict[str, Extract] = {
-    "UNet2DConditionModel": argument("sample"),
-    "UNet2DModel": argument("sample"),
-    "UNetSpatioTemporalConditionModel": argument("sample"),
-    "SD3Transformer2DModel": argument("hidden_states"),
+    "UNet2DConditionModel": NoisyChannels("sample"),
+    "UNet2DModel": NoisyChannels("sample"),
+    "UNetSpatioTemporalConditionModel": NoisyChannels("sample"),
+    "SD3Transformer2DModel": Argument("hidden_states"),
     "FluxTransformer2DModel": packed_tokens,
-    "DiTTransformer2DModel": argument("hidden_states"),
-    "PixArtTransformer2DModel": argument("hidden_states"),
+    "DiTTransformer2DModel": Argument("hidden_states"),
+    "PixArtTransformer2DModel": Argument("hidden_states"),
 }
 """Class name to the function that finds the latent."""
 
@@ -121,8 +157,9 @@ def extractor(model: nn.Module) -> Extract:
     """The entry of the model's class or of its nearest parent, else its forward's first argument."""
     for parent in type(model).__mro__:
         if parent.__name__ in ARCHITECTURES:
-            return ARCHITECTURES[parent.__name__]
-    return argument(_first_parameter(type(model)))
+            entry = ARCHITECTURES[parent.__name__]
+            return entry.of(model) if isinstance(entry, NoisyChannels) else entry
+    return Argument(_first_parameter(type(model)))
 
 
 def _first_parameter(model_class: type[nn.Module]) -> str:
@@ -156,4 +193,4 @@ def _describe(value: Any) -> str:
     return type(value).__name__
 
 
-__all__ = ["ARCHITECTURES", "Extract", "LatentSize", "argument", "extractor", "packed_tokens"]
+__all__ = ["ARCHITECTURES", "Argument", "Extract", "LatentSize", "NoisyChannels", "extractor", "packed_tokens"]

@@ -169,7 +169,33 @@ def svd(batch: int = 2) -> Case:
         "encoder_hidden_states": torch.randn(batch, 1, 24),
         "added_time_ids": torch.rand(batch, 3),
     }
-    return Case(model, inputs, tuple(inputs), z)
+    # The first frame's channels come after the noisy ones.
+    return Case(model, inputs, tuple(inputs), z[:, :, :4])
+
+
+def inpainting(batch: int = 2) -> Case:
+    """The noisy latent, a mask and a masked image's latent, as the channels of one tensor."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=9,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    z = latents(batch, 9, 16, 16)
+    inputs = {
+        "sample": z,
+        "timestep": torch.arange(batch) * 100 + 10,
+        "encoder_hidden_states": torch.randn(batch, 7, 24),
+    }
+    return Case(model, inputs, tuple(inputs), z[:, :4])
 
 
 def sd3(batch: int = 2) -> Case:
@@ -343,6 +369,7 @@ CASES: dict[str, Callable[..., Case]] = {
     "sd15": sd15,
     "sdxl": sdxl,
     "unet2d": unet2d,
+    "inpainting": inpainting,
     "svd": svd,
     "sd3": sd3,
     "flux": flux,

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+ENTRY = "from fera_ext.training.command import train; import typer; typer.run(train)"
+"""What a process of its own runs."""
+
 
 def write_images(folder: Path, count: int = 5, size: int = 40) -> Path:
     """Noise of several sizes, as PNG files."""
@@ -197,6 +200,39 @@ def dit(folder: Path) -> Path:
     index["id2label"] = {str(i): f"class {i}" for i in range(3)}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def command(*arguments: str) -> Any:
+    """The command as a user calls it; its result has exit_code, stdout and stderr."""
+    import typer
+    from typer.testing import CliRunner
+
+    from fera_ext.training.command import CONTEXT
+    from fera_ext.training.command import train as train_command
+
+    app = typer.Typer()
+    app.command(context_settings=CONTEXT)(train_command)
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    return CliRunner().invoke(app, arguments)
+
+
+def arguments(model: Path | str, images: Path, output: Path, *more: str) -> list[str]:
+    """The command's line for a very short run."""
+    return [
+        *("--pretrained_model_name_or_path", str(model), "--instance_data_dir", str(images)),
+        *("--output_dir", str(output), "--resolution", "16", "--max_train_steps", "2", *more),
+    ]
+
+
+def one_line_error(result: Any, code: int) -> str:
+    """The message of a failed command, which must be one line and no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("fera-ext train:")]
+    assert result.exit_code == code, result.output
+    assert len(lines) == 1
+    assert "Traceback" not in result.output
+    return lines[0]
 
 
 def train(model: Path | str, images: Path, output: Path, **options: Any) -> tuple[int, list[dict[str, float]]]:

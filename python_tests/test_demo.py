@@ -79,6 +79,15 @@ def test_demo_runs(small: None, tmp_path: Path) -> None:
     assert (out / "adapter" / "fera_adapter.safetensors").is_file()
 
 
+@pytest.mark.gpu
+def test_demo_runs_on_a_gpu(small: None, tmp_path: Path) -> None:
+    result = command("--output-dir", str(tmp_path), "--steps", "3", "--device", "cuda", "--no-open")
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "results.json").read_text())
+    assert all(math.isfinite(v) and v > 0 for v in figures["held_out_loss"].values())
+    assert figures["reload_error"] <= 1e-5
+
+
 def test_shipped_model_is_small_and_knows_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "EVALUATED", 48)
     files = [p for p in experiment.MODEL_DIR.rglob("*") if p.is_file()]

@@ -111,6 +111,12 @@ def test_a_missing_library_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -
         _extension.load()
 
 
+def test_stale_bindings_are_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "BINDINGS", -1)
+    with pytest.raises(ImportError, match=r"bindings must be of version -1, got \d+; rebuild"):
+        _extension.load()
+
+
 def test_info_survives_a_broken_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "fera_ext._extension")
     monkeypatch.setitem(_build_info.INFO, "torch", "1.2.3")

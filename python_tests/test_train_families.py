@@ -11,7 +11,7 @@ import torch
 
 from fera_ext.training.errors import TrainError, UsageError
 from fera_ext.training.families import FAMILIES, load_family
-from fera_ext.training.noising import Diffusion, FlowMatching
+from fera_ext.training.noising import Diffusion, FlowMatching, process_of
 
 BUILDERS: dict[str, tuple[Callable[[Path], Path], str | None]] = {
     "ddpm": (parts.ddpm, None),
@@ -52,6 +52,24 @@ def test_family_trains_and_draws(name: str, tmp_path: Path) -> None:
 
     adapter = load_adapter(family.denoiser, tmp_path / "out")
     assert any(bool(p.any()) for n, p in adapter.named_parameters() if n.endswith("lora_B"))
+
+
+def test_sdxl_is_told_the_size_before_resizing(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from fera_ext.training.data import ImageFolder, collate
+
+    family = load_family(str(parts.sdxl(tmp_path / "model")), torch.device("cpu"), torch.float32)
+    Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
+    batch = collate([ImageFolder([tmp_path / "a.png"], 32, 0, center_crop=True)[0]])
+    told: list[torch.Tensor] = []
+    family.denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: told.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        family.predict(family.denoiser, torch.zeros(1, 4, 16, 16), torch.tensor([5]), family.encode("a cat"), batch)
+    # Original height and width, top and left of the crop, height and width asked for.
+    assert told[0].tolist() == [[64.0, 96.0, 0.0, 8.0, 32.0, 32.0]]
 
 
 def test_families_are_diffusers_classes() -> None:
@@ -115,3 +133,30 @@ def test_flow_matching_target() -> None:
 def test_unknown_prediction_type() -> None:
     with pytest.raises(UsageError, match="prediction_type"):
         Diffusion({"prediction_type": "flow"}, None)
+
+
+@pytest.mark.parametrize("name", ["EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "ScoreSdeVeScheduler"])
+def test_schedulers_of_other_processes_are_refused(name: str) -> None:
+    import diffusers
+
+    with pytest.raises(UsageError, match=f"DDPM's betas or flow matching, got {name}"):
+        process_of(getattr(diffusers, name)(), None)
+    with pytest.raises(UsageError, match="EulerDiscreteScheduler"):
+        process_of(diffusers.EulerDiscreteScheduler(timestep_type="continuous"), None)
+    for known in ("DDPM", "DDIM", "PNDM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "LMSDiscrete"):
+        assert isinstance(process_of(getattr(diffusers, f"{known}Scheduler")(), None), Diffusion)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_dynamic_shift_is_the_pipelines(kind: str) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, time_shift_type=kind)
+    process = process_of(scheduler, None, patch=2)
+    clean, noise = torch.zeros(64, 1, 64, 96), torch.ones(64, 1, 64, 96)
+    out = process(clean, noise, torch.Generator().manual_seed(0))
+    s = torch.sigmoid(torch.randn(64, generator=torch.Generator().manual_seed(0)))
+    expected = scheduler.time_shift(calculate_shift(32 * 48), 1.0, s)
+    torch.testing.assert_close(out.timesteps / 1000, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.latents[:, 0, 0, 0], expected, rtol=1e-5, atol=1e-6)

@@ -51,7 +51,7 @@ extern "C" fera_status fera_band_energy_backward_cuda(const fera_band_energy_bac
   FERA_RETURN_IF_ERROR(
       check_workspace("band_energy_backward", context, fera_band_energy_backward_workspace(a, FERA_CUDA)));
   if (a->z.n == 0) return FERA_OK;
-  const cuda::Coefficients from{nullptr, nullptr, a->grad, a->indicator, a->total};
+  const cuda::Coefficients from{nullptr, nullptr, a->grad, a->indicator, a->total, a->eps};
   return cuda::launch_adjoint("band_energy_backward", cuda::source_of(a->z), a->filters, from, cuda::view_of(a->dz),
                               context);
 }

@@ -23,7 +23,11 @@ void write_energies(const fera_band_energy_args& a, const double* energies, cons
       // 0/0 only when eps is 0 and the latent is 0: no energy, no share.
       if (indicator != nullptr) indicator[n * bands + k] = static_cast<T>(sum == 0 ? 0 : e[k] / sum);
     }
-    if (a.total != nullptr) a.total[n] = std::ldexp(sum, exponent);
+    if (a.total == nullptr) continue;
+    // eps is added unscaled here: scaled by a tiny latent's exponent it may leave even float64.
+    double total = 0;
+    for (int k = 0; k < bands; ++k) total += e[k];
+    a.total[n] = std::ldexp(total, exponent) + a.eps;
   }
 }
 
@@ -58,7 +62,7 @@ extern "C" fera_status fera_band_energy_backward_cpu(const fera_band_energy_back
   using namespace fera;
   FERA_RETURN_IF_ERROR(check(*args));
   FERA_RETURN_IF_ERROR(check_workspace("band_energy_backward", context, band_energy_backward_workspace_cpu(*args)));
-  const cpu::Coefficients from{nullptr, nullptr, args->grad, args->indicator, args->total};
+  const cpu::Coefficients from{nullptr, nullptr, args->grad, args->indicator, args->total, args->eps};
   cpu::run_adjoint(cpu::source_of(args->z), args->filters, from, args->dz, context);
   return FERA_OK;
 }

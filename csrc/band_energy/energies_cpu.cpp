@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common/cpu_parallel.h"
+#include "common/simplex.h"
 
 namespace fera::cpu {
 namespace {
@@ -242,14 +243,14 @@ void read_coefficients(const Coefficients& from, int64_t n, int bands, int count
   }
   const T* grad = static_cast<const T*>(from.grad) + n * bands;
   const T* indicator = static_cast<const T*>(from.indicator);
-  double mean = 0;
-  if (indicator != nullptr)
-    for (int k = 0; k < bands; ++k)
-      mean += static_cast<double>(grad[k]) * static_cast<double>(indicator[n * bands + k]);
   for (int k = 0; k < bands; ++k) {
     const double g = static_cast<double>(grad[k]);
-    // A total of 0 is a latent of 0 and an eps of 0: no gradient.
-    c[k] = 2 * (indicator == nullptr ? g : from.total[n] == 0 ? 0 : (g - mean) / from.total[n]);
+    if (indicator == nullptr)
+      c[k] = 2 * g;
+    else if (from.total[n] == 0)  // a latent of 0 and an eps of 0: no gradient
+      c[k] = 0;
+    else
+      c[k] = 2 * (above_mean(indicator + n * bands, grad, bands, k) + g * (from.eps / from.total[n])) / from.total[n];
   }
   c[bands] = 0;
 }

@@ -68,6 +68,7 @@ struct Coefficients {
   const void* grad;       // band energies: (N, K), compute dtype
   const void* indicator;  // with grad: (N, K), or NULL
   const double* total;    // with grad: (N), or NULL
+  double eps;             // with indicator
 };
 
 size_t energies_workspace(const Source& source, const fera_filters& filters);

@@ -194,7 +194,8 @@ void separable_energies(const Job<T>& job, int64_t unit, void* scratch, double* 
   }
 }
 
-// dz = sum_j L_j^T c_j R_j + whole, c_j = sum_s sum_i (mix^T diag(c[s]) mix)_ji b_i of signal s.
+// dz = sum_j L_j^T c_j R_j + whole, c_j = sum_s sum_k mix_kj c[s]_k band_k of signal s. The bands are formed before
+// they are weighted: where two blurs are equal their band is exactly 0, however large its coefficient.
 template <class T>
 void separable_adjoint(const Job<T>& job, int64_t unit, void* scratch) {
   constexpr int L = lanes_of<T>;
@@ -211,33 +212,28 @@ void separable_adjoint(const Job<T>& job, int64_t unit, void* scratch) {
   const int common = common_exponent(from, bands + 1, exponents, signals);
   for (int signal = 0; signal < signals; ++signal) {
     if (signal > 0) stage_scaled(job, signal, n, p, s.staged);
-    double c[FERA_MAX_BANDS + 1];
+    double c[FERA_MAX_BANDS + 1] = {};
     scaled_coefficients<T>(from + signal * (bands + 1), bands + 1, exponents[signal], common, 1.0, c);
-    T square[FERA_MAX_BANDS][FERA_MAX_BANDS];
-    for (int j = 0; j < blurs; ++j)
-      for (int i = 0; i < blurs; ++i) {
-        double sum = 0;
-        for (int k = 0; k < bands; ++k)
-          sum += static_cast<double>(mix[k * blurs + j]) * c[k] * static_cast<double>(mix[k * blurs + i]);
-        square[j][i] = static_cast<T>(sum);
-      }
     const T whole = static_cast<T>(c[bands]);
     for (int64_t i = 0; i < plane; ++i) s.out[i] = whole * s.staged[i] + (signal > 0 ? s.out[i] : T{0});
     for (int i0 = 0; i0 < job.h; i0 += kRows) {
       const int rows = job.h - i0 < kRows ? job.h - i0 : kRows;
       blur_rows(job, i0, s);
-      for (int j = 0; j < blurs; ++j) {
-        T* to = s.mixed + j * plane + int64_t{i0} * job.padded_w;
-        for (int64_t at = 0; at < int64_t{rows} * job.padded_w; at += L) {
-          Vec<T> sum{};
-          if (signal > 0) load<T>(to + at, sum);
-          for (int i = 0; i < blurs; ++i) {
-            Vec<T> b;
-            load<T>(s.blurred + int64_t{i} * kRows * job.padded_w + at, b);
-            sum += square[j][i] * b;
-          }
-          store<T>(to + at, sum);
+      T* to = s.mixed + int64_t{i0} * job.padded_w;
+      for (int64_t at = 0; at < int64_t{rows} * job.padded_w; at += L) {
+        Vec<T> blur[FERA_MAX_BANDS], sum[FERA_MAX_BANDS];
+        for (int j = 0; j < blurs; ++j) {
+          load<T>(s.blurred + int64_t{j} * kRows * job.padded_w + at, blur[j]);
+          sum[j] = Vec<T>{};
+          if (signal > 0) load<T>(to + j * plane + at, sum[j]);
         }
+        for (int k = 0; k < bands; ++k) {
+          Vec<T> band{};
+          for (int j = 0; j < blurs; ++j) band += mix[k * blurs + j] * blur[j];
+          band *= static_cast<T>(c[k]);
+          for (int j = 0; j < blurs; ++j) sum[j] += mix[k * blurs + j] * band;
+        }
+        for (int j = 0; j < blurs; ++j) store<T>(to + j * plane + at, sum[j]);
       }
     }
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/cuda_common.cuh"
+#include "common/simplex.h"
 
 namespace fera::cuda {
 
@@ -58,6 +59,7 @@ struct Coefficients {
   const void* grad;       // band energies: (N, K), compute dtype
   const void* indicator;  // with grad: (N, K), or NULL
   const double* total;    // with grad: (N), or NULL
+  double eps;             // with indicator
 };
 
 // Writes the signals*(K+1) coefficients of sample n, scaled by a power of two to at most 1, to `c`;
@@ -69,20 +71,17 @@ __device__ inline int load_coefficients(const Coefficients& from, int64_t n, int
     double raw[2 * (FERA_MAX_BANDS + 1)];
     const int count = signals * (bands + 1);
     double largest = 0;
-    double mean = 0;
-    if (from.table == nullptr && from.indicator != nullptr)
-      for (int k = 0; k < bands; ++k)
-        mean += static_cast<double>(static_cast<const Real*>(from.grad)[n * bands + k]) *
-                static_cast<double>(static_cast<const Real*>(from.indicator)[n * bands + k]);
     for (int i = 0; i < count; ++i) {
       double value = 0;
       if (from.table != nullptr)
         value = from.table[n * count + i] * static_cast<double>(*static_cast<const Real*>(from.grad_loss));
       else if (i < bands) {
-        const double g = static_cast<double>(static_cast<const Real*>(from.grad)[n * bands + i]);
-        // No energy and no eps: the indicator is 0 whatever the latent's direction, so is its gradient.
-        const double total = from.indicator != nullptr ? from.total[n] : 1;
-        value = total == 0 ? 0 : 2 * (g - mean) / total;
+        const Real* grad = static_cast<const Real*>(from.grad) + n * bands;
+        const Real* indicator = static_cast<const Real*>(from.indicator) + n * bands;
+        if (from.indicator == nullptr)
+          value = 2 * static_cast<double>(grad[i]);
+        else if (from.total[n] != 0)  // a latent of 0 and an eps of 0 has no gradient
+          value = 2 * (above_mean(indicator, grad, bands, i) + grad[i] * (from.eps / from.total[n])) / from.total[n];
       }
       raw[i] = value;
       if (isfinite(value)) largest = fmax(largest, fabs(value));

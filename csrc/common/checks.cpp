@@ -11,7 +11,8 @@ fera_status check_latent(const char* op, const char* name, const fera_latent& z)
   FERA_CHECK(op, z.n >= 0 && z.p >= 0, std::string(name) + " sizes", "not negative", std::min(z.n, z.p));
   FERA_CHECK(op, z.h >= 1 && z.h <= FERA_MAX_SIDE, std::string(name) + " height", "from 1 to 512", z.h);
   FERA_CHECK(op, z.w >= 1 && z.w <= FERA_MAX_SIDE, std::string(name) + " width", "from 1 to 512", z.w);
-  FERA_CHECK(op, z.n * z.p < (int64_t{1} << 30), std::string(name) + " planes", "fewer than 2^30", z.n * z.p);
+  FERA_CHECK(op, z.p == 0 || z.n < (int64_t{1} << 30) / z.p, std::string(name) + " planes", "fewer than 2^30",
+             text(z.n) + " x " + text(z.p));
   FERA_CHECK(op, z.data != nullptr || z.n * z.p == 0, name, "a pointer", "NULL");
   return FERA_OK;
 }
@@ -72,7 +73,7 @@ fera_status check_experts(const char* op, const fera_experts& e) {
   FERA_CHECK(op, e.experts >= 1 && e.experts <= FERA_MAX_EXPERTS, "experts", "from 1 to 32", e.experts);
   FERA_CHECK(op, e.rank >= 1 && stacked <= FERA_MAX_RANK, "experts * rank", "from 1 to 512", stacked);
   FERA_CHECK(op, is_dtype(e.a_dtype) && is_dtype(e.b_dtype), "lora dtype", "float32, float16, bfloat16 or float64",
-             static_cast<int>(e.a_dtype));
+             static_cast<int>(is_dtype(e.a_dtype) ? e.b_dtype : e.a_dtype));
   FERA_CHECK(op, e.rows_per_gate >= 1 || e.tokens == 0, "rows_per_gate", "positive", e.rows_per_gate);
   FERA_CHECK(op, e.tokens == 0 || e.tokens % e.rows_per_gate == 0, "tokens",
              "a multiple of rows_per_gate " + std::to_string(e.rows_per_gate), e.tokens);

@@ -115,7 +115,7 @@ inline fera_status launch_status(const char* op) {
 inline cudaStream_t stream_of(const fera_context* context) { return static_cast<cudaStream_t>(context->stream); }
 
 template <class I>
-inline I ceil_div(I a, I b) {
+__host__ __device__ inline I ceil_div(I a, I b) {
   return (a + b - 1) / b;
 }
 

@@ -31,16 +31,15 @@ struct BackwardLayout {
 template <class T>
 __global__ void __launch_bounds__(256) gate_gradient(const T* h, const Compute<T>* dh, int64_t rows_per_gate, int rank,
                                                      Compute<T> scale, Compute<T>* dgate) {
-  using Real = Compute<T>;
-  __shared__ Real scratch[32];
+  __shared__ double scratch[32];  // a group may have 10^5 tokens: its sum is kept in float64
   const int64_t group = blockIdx.x, experts = gridDim.y, first = group * rows_per_gate;
-  Real sum = 0;
+  double sum = 0;
   for (int64_t i = threadIdx.x; i < rows_per_gate * rank; i += blockDim.x) {
     const int64_t at = (first + i / rank) * experts * rank + blockIdx.y * rank + i % rank;
-    sum += widen(h[at]) * dh[at];
+    sum += static_cast<double>(widen(h[at])) * dh[at];
   }
   sum = block_sum(sum, scratch);
-  if (threadIdx.x == 0) dgate[group * experts + blockIdx.y] = sum * scale;
+  if (threadIdx.x == 0) dgate[group * experts + blockIdx.y] = static_cast<Compute<T>>(sum * scale);
 }
 
 template <class T>

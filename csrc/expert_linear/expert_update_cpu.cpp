@@ -127,7 +127,7 @@ void pack(const Plan<T>& p, const void* from, fera_dtype dtype, bool transposed,
             std::fill(row[j], row[j] + depth, T{0});
         }
         for (int64_t i = 0; i < depth; ++i)
-          for (int64_t j = 0; j < 4; ++j) out[i * to.width + j0 + j] = row[j][i];
+          for (int64_t j = 0; j < std::min<int64_t>(4, to.width - j0); ++j) out[i * to.width + j0 + j] = row[j][i];
       }
     }
   });

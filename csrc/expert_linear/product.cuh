@@ -69,7 +69,7 @@ struct StorePartial {
   }
 };
 
-// grid (M tiles, N tiles, slices); slice z covers [z * slice, (z + 1) * slice) of K.
+// grid (M tiles * N tiles, slices); slice y covers [y * slice, (y + 1) * slice) of K.
 template <class Real, int TileM, int TileN, class A, class B, class Out>
 __global__ void __launch_bounds__(kProductThreads)
     product(int64_t m_size, int64_t n_size, int64_t k_size, int64_t slice, A a, B b, Out out) {
@@ -77,8 +77,9 @@ __global__ void __launch_bounds__(kProductThreads)
   constexpr int kM = TileM / kRows, kN = TileN / kColumns;
   __shared__ Real tile_a[kDepth][TileM + 1];
   __shared__ Real tile_b[kDepth][TileN + 1];
-  const int64_t m0 = static_cast<int64_t>(blockIdx.x) * TileM, n0 = static_cast<int64_t>(blockIdx.y) * TileN;
-  const int64_t k_first = blockIdx.z * slice, k_last = min(k_size, k_first + slice);
+  const int64_t n_tiles = ceil_div(n_size, static_cast<int64_t>(TileN));
+  const int64_t m0 = blockIdx.x / n_tiles * TileM, n0 = blockIdx.x % n_tiles * TileN;
+  const int64_t k_first = blockIdx.y * slice, k_last = min(k_size, k_first + slice);
   const int row = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
   Real sum[kM][kN] = {};
   for (int64_t k0 = k_first; k0 < k_last; k0 += kDepth) {
@@ -110,15 +111,15 @@ __global__ void __launch_bounds__(kProductThreads)
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       const int64_t m = m0 + row + i * kRows, n = n0 + column + j * kColumns;
-      if (m < m_size && n < n_size) out(m, n, static_cast<int>(blockIdx.z), sum[i][j]);
+      if (m < m_size && n < n_size) out(m, n, static_cast<int>(blockIdx.y), sum[i][j]);
     }
 }
 
 template <class Real, int TileM, int TileN, class A, class B, class Out>
 void launch_product(int64_t m, int64_t n, int64_t k, int64_t slices, A a, B b, Out out, cudaStream_t stream) {
   const int64_t slice = ceil_div(ceil_div(k, slices), static_cast<int64_t>(kDepth)) * kDepth;
-  const dim3 grid(static_cast<unsigned>(ceil_div(m, static_cast<int64_t>(TileM))),
-                  static_cast<unsigned>(ceil_div(n, static_cast<int64_t>(TileN))), static_cast<unsigned>(slices));
+  const int64_t tiles = ceil_div(m, static_cast<int64_t>(TileM)) * ceil_div(n, static_cast<int64_t>(TileN));
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(slices));
   product<Real, TileM, TileN><<<grid, kProductThreads, 0, stream>>>(m, n, k, slice, a, b, out);
 }
 

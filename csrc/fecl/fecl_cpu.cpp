@@ -51,7 +51,7 @@ extern "C" fera_status fera_fecl_loss_backward_cpu(const fera_fecl_loss_backward
   using namespace fera;
   FERA_RETURN_IF_ERROR(check(*args));
   FERA_RETURN_IF_ERROR(check_workspace("fecl_loss_backward", context, fecl_loss_backward_workspace_cpu(*args)));
-  const cpu::Coefficients from{args->coefficients, args->grad, nullptr, nullptr, nullptr};
+  const cpu::Coefficients from{args->coefficients, args->grad, nullptr, nullptr, nullptr, 0};
   cpu::run_adjoint(cpu::source_of(args->base, args->fera, args->target), args->filters, from, args->dfera, context);
   return FERA_OK;
 }

@@ -63,7 +63,7 @@ extern "C" fera_status fera_fecl_loss_backward_cuda(const fera_fecl_loss_backwar
   FERA_RETURN_IF_ERROR(check(*a));
   FERA_RETURN_IF_ERROR(check_workspace("fecl_loss_backward", context, fera_fecl_loss_backward_workspace(a, FERA_CUDA)));
   if (a->fera.n == 0) return FERA_OK;
-  const cuda::Coefficients from{a->coefficients, a->grad, nullptr, nullptr, nullptr};
+  const cuda::Coefficients from{a->coefficients, a->grad, nullptr, nullptr, nullptr, 0};
   return cuda::launch_adjoint("fecl_loss_backward", cuda::source_of(a->base, a->fera, a->target), a->filters, from,
                               cuda::view_of(a->dfera), context);
 }

@@ -11,13 +11,8 @@
 
 #include <cmath>
 
+#include "common/simplex.h"
 #include "fera/fera.h"
-
-#if defined(__CUDACC__)
-#define FERA_HOST_DEVICE __host__ __device__
-#else
-#define FERA_HOST_DEVICE
-#endif
 
 namespace fera {
 

@@ -5,6 +5,7 @@
 #include "band_energy/energies_cpu.h"
 #include "common/cpu_parallel.h"
 #include "common/dispatch.h"
+#include "common/simplex.h"
 #include "router/router.h"
 
 namespace fera {
@@ -64,10 +65,8 @@ void backward(const fera_router_softmax_backward_args& a, double* sums) {
     const T* grad = static_cast<const T*>(a.grad) + n * experts;
     double h[FERA_MAX_HIDDEN], dlogit[FERA_MAX_EXPERTS], denergy[FERA_MAX_BANDS] = {};
     hidden_layer(r, energy, h);
-    double mean = 0;
-    for (int e = 0; e < experts; ++e) mean += static_cast<double>(gate[e]) * static_cast<double>(grad[e]);
     for (int e = 0; e < experts; ++e)
-      dlogit[e] = static_cast<double>(gate[e]) * (static_cast<double>(grad[e]) - mean) / r.tau;
+      dlogit[e] = static_cast<double>(gate[e]) * above_mean(gate, grad, experts, e) / r.tau;
     for (int i = 0; i < hidden; ++i) {
       double dh = 0;
       for (int e = 0; e < experts; ++e) {

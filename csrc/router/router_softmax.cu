@@ -1,4 +1,5 @@
 // router_softmax on CUDA: one block a sample; backward: one block, a thread a hidden unit.
+#include "common/simplex.h"
 #include "router/router.cuh"
 #include "router/router.h"
 
@@ -33,9 +34,7 @@ __global__ void __launch_bounds__(FERA_MAX_HIDDEN)
     const Real *g = gate + row * experts, *dg = grad + row * experts, *x = energy + row * bands;
     __syncthreads();
     if (i < experts) {
-      double mean = 0;
-      for (int e = 0; e < experts; ++e) mean += static_cast<double>(g[e]) * dg[e];
-      dlogit[i] = g[i] * (dg[i] - mean) * router.inverse_tau;
+      dlogit[i] = g[i] * above_mean(g, dg, experts, i) * router.inverse_tau;
       db2_sum += dlogit[i];
     }
     __syncthreads();

@@ -73,7 +73,7 @@ inline const std::vector<fera_device>& devices() {
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(fera_device device, size_t bytes, bool poisoned = true) : device_(device), bytes_(bytes) {
+  Buffer(fera_device device, size_t bytes, [[maybe_unused]] bool poisoned = true) : device_(device), bytes_(bytes) {
     if (device == FERA_CPU) {
       data_ = std::aligned_alloc(256, (bytes + 511) / 256 * 256);
       std::memset(data_, 0xff, (bytes + 511) / 256 * 256);  // NaN: what a kernel does not write shows

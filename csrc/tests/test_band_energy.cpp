@@ -39,10 +39,15 @@ Results compute(const Case& c, Values& z, const Filters& filters, Values& grad, 
                           r.energy.data(), r.indicator.data(), static_cast<double*>(r.total.data())};
   EXPECT_OK(FERA_RUN(band_energy, c.device, a, threads));
   const Array g(c.device, compute, grad);
-  fera_band_energy_backward_args b{latent.view, filters.view, g.data(), nullptr, nullptr, r.dz.view};
+  fera_band_energy_backward_args b{latent.view, filters.view, g.data(), nullptr, nullptr, r.dz.view, 0.0};
   EXPECT_OK(FERA_RUN(band_energy_backward, c.device, b, threads));
-  b = {latent.view,           filters.view, g.data(), r.indicator.data(), static_cast<const double*>(r.total.data()),
-       r.dz_of_indicator.view};
+  b = {latent.view,
+       filters.view,
+       g.data(),
+       r.indicator.data(),
+       static_cast<const double*>(r.total.data()),
+       r.dz_of_indicator.view,
+       c.eps};
   EXPECT_OK(FERA_RUN(band_energy_backward, c.device, b, threads));
   return r;
 }
@@ -186,7 +191,7 @@ void errors(fera_device device) {
     expect_error(status, FERA_INVALID, sentence);
   }
   Latent dz(device, FERA_F32, 1, 1, 8, 9, Layout::contiguous);
-  const fera_band_energy_backward_args b{z.view, filters.view, e.data(), nullptr, nullptr, dz.view};
+  const fera_band_energy_backward_args b{z.view, filters.view, e.data(), nullptr, nullptr, dz.view, 0.0};
   expect_error(FERA_RUN(band_energy_backward, device, b), FERA_INVALID,
                "band_energy_backward: dz must be (1, 1, 8, 8) of dtype 0, got (1, 1, 8, 9) of dtype 0");
   done("band_energy errors", device);

@@ -176,8 +176,11 @@ void shapes(fera_device device) {
 }
 
 void bits(fera_device device) {
-  for (const fera_dtype t : {FERA_F32, FERA_BF16}) {
-    const Case c{device, t, FERA_F32, 430, 70, 90, 3, 4, 2};
+  // The last is narrow and deep: the packed operands' panels are at their narrowest, several chunks each.
+  const Case kCases[] = {{device, FERA_F32, FERA_F32, 430, 70, 90, 3, 4, 2},
+                         {device, FERA_BF16, FERA_F32, 430, 70, 90, 3, 4, 2},
+                         {device, FERA_F64, FERA_F64, 9, 700, 2, 1, 2, 1}};
+  for (const Case& c : kCases) {
     Inputs in(c);
     const Results first = compute(c, in, Threads::none);
     for (const Threads threads : {Threads::none, Threads::reversed, Threads::two, Threads::many})

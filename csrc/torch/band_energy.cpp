@@ -26,22 +26,33 @@ Outputs run(const char* op, const Tensor& z, const Tensor& table, const Optional
 
 Tensor run_backward(const char* op, const Tensor& grad, const OptionalTensor& indicator, const OptionalTensor& total,
                     const Tensor& z, const Tensor& table, const OptionalTensor& right, const OptionalTensor& mix,
-                    at::IntArrayRef reach) {
+                    at::IntArrayRef reach, double eps) {
   const DeviceScope scope(z);
   const Latent latent(op, "z", z);
   const Filters filters(op, z, table, right, mix, reach);
   FERA_REQUIRE(op, grad.dim() == 2 && grad.size(0) == z.size(0) && grad.size(1) == filters.view.bands, "grad",
                join("(", z.size(0), ", ", filters.view.bands, ")"), grad.sizes());
   const Tensor upstream = grad.to(compute_type(z)).contiguous();
-  const Tensor e = indicator.has_value() ? indicator->to(compute_type(z)).contiguous() : Tensor();
+  require_same_device(op, "grad", grad, z);
+  Tensor e, sums;
+  if (indicator.has_value()) {
+    FERA_REQUIRE(op, indicator->sizes() == grad.sizes(), "indicator", grad.sizes(), indicator->sizes());
+    FERA_REQUIRE(op, total->dim() == 1 && total->size(0) == z.size(0) && total->scalar_type() == at::kDouble, "total",
+                 join("(", z.size(0), ") float64"), total->sizes());
+    require_same_device(op, "indicator", *indicator, z);
+    require_same_device(op, "total", *total, z);
+    e = indicator->to(compute_type(z)).contiguous();
+    sums = total->contiguous();
+  }
   const Tensor dz = at::empty(z.sizes(), z.options());
   const Latent out(op, "dz", dz);
   const fera_band_energy_backward_args args{latent.view,
                                             filters.view,
                                             upstream.data_ptr(),
                                             e.defined() ? e.data_ptr() : nullptr,
-                                            total.has_value() ? total->data_ptr<double>() : nullptr,
-                                            out.view};
+                                            sums.defined() ? sums.data_ptr<double>() : nullptr,
+                                            out.view,
+                                            eps};
   FERA_CALL(z, band_energy_backward, args);
   return dz;
 }
@@ -53,7 +64,7 @@ Tensor band_energy(const Tensor& z, const Tensor& table, const OptionalTensor& r
 
 Tensor band_energy_backward(const Tensor& grad, const Tensor& z, const Tensor& table, const OptionalTensor& right,
                             const OptionalTensor& mix, at::IntArrayRef reach) {
-  return run_backward("band_energy_backward", grad, {}, {}, z, table, right, mix, reach);
+  return run_backward("band_energy_backward", grad, {}, {}, z, table, right, mix, reach, 0.0);
 }
 
 std::tuple<Tensor, Tensor> frequency_energy(const Tensor& z, const Tensor& table, const OptionalTensor& right,
@@ -65,8 +76,8 @@ std::tuple<Tensor, Tensor> frequency_energy(const Tensor& z, const Tensor& table
 
 Tensor frequency_energy_backward(const Tensor& grad, const Tensor& indicator, const Tensor& total, const Tensor& z,
                                  const Tensor& table, const OptionalTensor& right, const OptionalTensor& mix,
-                                 at::IntArrayRef reach) {
-  return run_backward("frequency_energy_backward", grad, indicator, total, z, table, right, mix, reach);
+                                 at::IntArrayRef reach, double eps) {
+  return run_backward("frequency_energy_backward", grad, indicator, total, z, table, right, mix, reach, eps);
 }
 
 void register_kernels(torch::Library& m) {
@@ -86,7 +97,7 @@ TORCH_LIBRARY_FRAGMENT(fera_ext, m) {
       " -> (Tensor, Tensor)");
   m.def(
       "frequency_energy_backward(Tensor grad, Tensor indicator, Tensor total, Tensor z, Tensor table, Tensor? right,"
-      " Tensor? mix, int[] reach) -> Tensor");
+      " Tensor? mix, int[] reach, float eps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(fera_ext, CPU, m) { register_kernels(m); }

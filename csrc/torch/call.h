@@ -131,30 +131,37 @@ class DeviceScope {
 #endif
 };
 
+// The stride of axes [first, last) merged into one whose rows hold `inner` elements each, or -1 where they do
+// not merge. Axes of size 1 may have any stride, also in tensors that count as contiguous: they are passed over.
+inline int64_t merged_stride(const Tensor& t, int64_t first, int64_t last, int64_t inner) {
+  int64_t stride = inner, expected = -1;
+  for (int64_t i = last - 1; i >= first; --i) {
+    if (t.size(i) == 1) continue;
+    if (expected < 0)
+      stride = t.stride(i);
+    else if (t.stride(i) != expected)
+      return -1;
+    expected = t.stride(i) * t.size(i);
+  }
+  return stride;
+}
+
 // z (N, ..., H, W) with its middle axes merged; copied only where their strides do not merge.
 class Latent {
  public:
   Latent(const char* op, const char* name, const Tensor& z) : tensor(z) {
     FERA_REQUIRE(op, z.dim() >= 3, name, "(N, ..., H, W)", z.sizes());
     const fera_dtype dtype = dtype_of(op, name, z);
-    for (int64_t i = 1; i + 3 < z.dim(); ++i)
-      if (z.stride(i) != z.stride(i + 1) * z.size(i + 1)) {
-        tensor = z.contiguous();
-        break;
-      }
-    const int64_t dims = z.dim();
+    const int64_t dims = z.dim(), n = z.size(0), h = z.size(dims - 2), w = z.size(dims - 1);
     int64_t planes = 1;
     for (int64_t i = 1; i + 2 < dims; ++i) planes *= z.size(i);
-    view = {tensor.data_ptr(),
-            dtype,
-            z.size(0),
-            planes,
-            z.size(dims - 2),
-            z.size(dims - 1),
-            tensor.stride(0),
-            dims > 3 ? tensor.stride(dims - 3) : 0,
-            tensor.stride(dims - 2),
-            tensor.stride(dims - 1)};
+    const int64_t plane = merged_stride(z, 1, dims - 2, h * w);
+    if (plane >= 0 || z.numel() == 0) {
+      view = {tensor.data_ptr(), dtype, n, planes, h, w, z.stride(0), plane, z.stride(dims - 2), z.stride(dims - 1)};
+    } else {
+      tensor = z.contiguous();
+      view = {tensor.data_ptr(), dtype, n, planes, h, w, planes * h * w, h * w, w, 1};
+    }
   }
 
   Tensor tensor;

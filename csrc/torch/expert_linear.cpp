@@ -13,11 +13,13 @@ class Rows {
   Rows(const char* op, const char* name, const Tensor& t, int64_t width) : tensor(t) {
     FERA_REQUIRE(op, t.dim() >= 2 && t.size(-1) == width, name, join("(N, ..., ", width, ")"), t.sizes());
     const fera_dtype dtype = dtype_of(op, name, t);
-    const int64_t last = t.dim() - 1;
-    bool merges = t.stride(last) == 1 || width == 1;
-    for (int64_t i = 0; i + 1 < last; ++i) merges = merges && t.stride(i) == t.stride(i + 1) * t.size(i + 1);
-    if (!merges) tensor = t.contiguous();
-    view = {tensor.data_ptr(), dtype, tensor.stride(last - 1)};
+    const int64_t last = t.dim() - 1, row = merged_stride(t, 0, last, width);
+    if ((row >= 0 && (t.stride(last) == 1 || width == 1)) || t.numel() == 0) {
+      view = {tensor.data_ptr(), dtype, row};
+    } else {
+      tensor = t.contiguous();
+      view = {tensor.data_ptr(), dtype, width};
+    }
   }
 
   Tensor tensor;
@@ -33,6 +35,8 @@ class Experts {
     const int64_t in = x.size(-1), rows = x.size(0);
     FERA_REQUIRE(op, lora_a.dim() == 3 && lora_a.size(2) == in, "lora_a", join("(E, r, ", in, ")"), lora_a.sizes());
     const int64_t experts = lora_a.size(0), rank = lora_a.size(1);
+    FERA_REQUIRE(op, in >= 1 && out >= 1, "in and out", "at least 1", std::min(in, out));
+    FERA_REQUIRE(op, experts >= 1 && experts <= FERA_MAX_EXPERTS, "experts", "from 1 to 32", experts);
     FERA_REQUIRE(op, (lora_b.sizes() == at::IntArrayRef{out, experts, rank}), "lora_b",
                  join("(", out, ", ", experts, ", ", rank, ")"), lora_b.sizes());
     FERA_REQUIRE(op, gate.dim() == 2 && gate.size(1) == experts, "gate", join("(G, ", experts, ")"), gate.sizes());
@@ -86,10 +90,17 @@ std::tuple<Tensor, Tensor> update(const char* op, const Tensor& base, const Tens
   return {y, h};
 }
 
+// Products of the vendor's library inside an operator keep the operator's dtype: autocast has had its say in the
+// operator's own autocast kernel, and in a backward under autocast it must have none.
+class NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard_{c10::autocast_dispatch_keyset};
+};
+
 std::tuple<Tensor, Tensor> expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                          const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate, double scale) {
   const char* op = "expert_linear";
   const DeviceScope scope(x);
+  const NoAutocast products;
   dtype_of(op, "x", x);
   FERA_REQUIRE(op, x.dim() >= 2, "x", "(N, ..., in)", x.sizes());
   FERA_REQUIRE(op, weight.dim() == 2 && weight.size(1) == x.size(-1), "weight", join("(out, ", x.size(-1), ")"),
@@ -132,6 +143,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& 
                                                                   double scale, std::array<bool, 4> wanted) {
   const char* op = "expert_linear_backward";
   const DeviceScope scope(x);
+  const NoAutocast products;
+  dtype_of(op, "x", x);
+  FERA_REQUIRE(
+      op, x.dim() >= 2 && dy.dim() == x.dim() && dy.sizes().slice(0, x.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
+      "dy", join("(N, ..., out) with the leading sizes of x ", x.sizes()), dy.sizes());
+  require_same_device(op, "dy", dy, x);
+  require_same_device(op, "h", h, x);
+  if (weight.has_value()) {
+    FERA_REQUIRE(op, (weight->sizes() == at::IntArrayRef{dy.size(-1), x.size(-1)}), "weight",
+                 join("(", dy.size(-1), ", ", x.size(-1), ")"), weight->sizes());
+    FERA_REQUIRE(op, weight->scalar_type() == x.scalar_type(), "weight", join("of x's dtype ", x.scalar_type()),
+                 weight->scalar_type());
+    require_same_device(op, "weight", *weight, x);
+  }
   FERA_REQUIRE(op, dy.scalar_type() == x.scalar_type(), "dy", join("of x's dtype ", x.scalar_type()), dy.scalar_type());
   const Experts experts(op, x, dy.size(-1), lora_a, lora_b, gate, scale);
   const Rows x_rows(op, "x", x, experts.view.in), dy_rows(op, "dy", dy, experts.view.out);
@@ -147,6 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& 
   else
     dx = like(wanted[0], x);
   const Tensor da = like(wanted[1], experts.a), db = like(wanted[2], experts.b), dg = like(wanted[3], experts.g);
+  if (experts.view.tokens == 0) dg.zero_();  // the kernels do not know the gate's rows then
   auto data = [](bool yes, const Tensor& t) { return yes ? t.data_ptr() : nullptr; };
   const fera_expert_update_backward_args args{experts.view,
                                               dy_rows.view,

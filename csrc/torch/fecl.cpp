@@ -50,6 +50,8 @@ Tensor fecl_loss_backward(const Tensor& grad, const Tensor& coefficients, const 
                (coefficients.scalar_type() == at::kDouble &&
                 coefficients.sizes() == at::IntArrayRef{fera.size(0), 2, filters.view.bands + 1}),
                "coefficients", "what forward returned", coefficients.sizes());
+  require_same_device(op, "grad", grad, fera);
+  require_same_device(op, "coefficients", coefficients, fera);
   const Tensor upstream = grad.to(compute_type(fera)), c = coefficients.contiguous();
   const Tensor dfera = at::empty(fera.sizes(), fera.options());
   const Latent out(op, "dfera", dfera);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fera_ext import ops
+from fera_ext.adapter.guards import allow_saving
 from fera_ext.adapter.matching import suffix_of
 from fera_ext.adapter.routing import Routing
 from fera_ext.config import FeraConfig
@@ -127,8 +128,11 @@ class FeraAdapter:
             target: what the prediction should be.
 
         Returns:
-            A scalar, float32 (float64 for float64 predictions).
+            A scalar, float32; float64 if any of the three is. The three may differ in dtype, as
+            a bfloat16 prediction and a float32 target do under autocast.
         """
+        dtype = torch.float64 if torch.float64 in (base.dtype, fera.dtype, target.dtype) else torch.float32
+        base, fera, target = (t.to(dtype) for t in (base, fera, target))
         return self.config.fecl_weight * ops.fecl_loss(base, fera, target, self.config.bands)
 
     def detach(self) -> None:
@@ -144,6 +148,7 @@ class FeraAdapter:
             parent, _, name = path.rpartition(".")
             setattr(self.model.get_submodule(parent), name, layer.base)
         delattr(self.model, ROUTER_NAME)
+        allow_saving(self.model)
         for parameter in self._asked:
             parameter.requires_grad_(True)
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fera_ext.adapter.adapter import ROUTER_NAME, FeraAdapter
+from fera_ext.adapter.guards import refuse_saving, wrapper_in
 from fera_ext.adapter.matching import match, suffix_of
 from fera_ext.adapter.routing import Routing
 from fera_ext.architectures import Extract, extractor
@@ -29,7 +29,11 @@ def attach(
     The base model's parameters stop asking for gradients; :meth:`FeraAdapter.detach` undoes everything.
     The adapter's parameters live in the model's tree (``model.fera_router`` and each wrapped linear's
     ``lora_A``, ``lora_B``), so wrappers such as DDP see them: attach first, wrap afterwards. One model runs
-    in one thread at a time.
+    in one thread at a time. While attached, ``save_pretrained`` of a diffusers model raises: no model could
+    load what it would write.
+
+    Not supported: a model that calls reentrant ``torch.utils.checkpoint`` itself, under DDP with
+    ``static_graph=True``.
 
     Args:
         model: the denoiser itself, such as ``pipe.unet`` or ``pipe.transformer``.
@@ -42,7 +46,7 @@ def attach(
         The adapter, a handle on what was attached.
 
     Raises:
-        TypeError: ``model`` is not a module, or a wrapper around one.
+        TypeError: ``model`` is not a module, or is or contains a wrapper: DDP, DataParallel, FSDP, a compiled model.
         ValueError: an adapter is attached already, no linear matches (near names are listed), or a match
             is no linear. The model is left as it was.
     """
@@ -57,7 +61,7 @@ def check_model(model: nn.Module) -> None:
     """Whether an adapter can be attached to ``model`` at all.
 
     Raises:
-        TypeError: not a module, or a wrapper around one.
+        TypeError: not a module, or a wrapper in it.
         ValueError: an adapter is attached already.
     """
     if not isinstance(model, nn.Module):
@@ -65,10 +69,11 @@ def check_model(model: nn.Module) -> None:
             "attach: model must be a torch.nn.Module, the denoiser itself (pipe.unet, pipe.transformer), "
             f"got {type(model).__name__}"
         )
-    if isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+    wrapper = wrapper_in(model)
+    if wrapper is not None:
         raise TypeError(
-            "attach: model must be the denoiser itself (attach first, then wrap or compile), "
-            f"got {type(model).__name__}"
+            "attach: model must be the denoiser itself without wrappers (attach first, then "
+            f"DistributedDataParallel or compile), got {type(wrapper).__name__}"
         )
     if any(isinstance(m, (FeraLinear, SoftFrequencyRouter)) for m in model.modules()):
         raise ValueError(
@@ -117,7 +122,8 @@ def attach_layers(
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
     model.add_module(ROUTER_NAME, router)
-    routing = Routing(model, router, config.bands, latent or extractor(model), state)
+    refuse_saving(model)
+    routing = Routing(model, router, config.bands, latent or extractor(model), state, layers)
     return FeraAdapter(model, config, layers, router, routing, asked)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fera_ext.adapter import checkpointing
+from fera_ext.adapter.guards import LayoutGuard, check_replica
 from fera_ext.architectures import Extract, LatentSize, check_latent
 from fera_ext.bands import Bands
 from fera_ext.nn import GateState, SoftFrequencyRouter
@@ -25,6 +26,7 @@ class Routing:
         bands: the definition of the frequency bands.
         extract: finds the latent in a call's arguments.
         state: the gate state shared with the adapted layers.
+        paths: the dotted paths of the adapted layers.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Routing:
         bands: Bands,
         extract: Extract,
         state: GateState,
+        paths: Iterable[str],
     ) -> None:
         self.router = router
         self.bands = bands
@@ -41,6 +44,7 @@ class Routing:
         self.state = state
         self.size = LatentSize()
         self.checkpointing = checkpointing.checkpointing_modules(model)
+        self.guard = LayoutGuard(model, paths)
         self._outer: Tensor | None = None
         self._latent: Tensor | None = None
         self._handles = [
@@ -65,7 +69,9 @@ class Routing:
 
         Raises:
             ValueError: the latent is not where the architecture has it.
+            RuntimeError: the model was changed so that its layers would take wrong gates, or none.
         """
+        check_replica(model)
         state = self.state
         if not torch.compiler.is_compiling():
             # Inside a backward pass the whole denoiser is being recomputed: give back what was bound.
@@ -76,6 +82,7 @@ class Routing:
         if not state.enabled:
             return
         latent = check_latent(self.extract(args, kwargs, self.size), model)
+        self.guard.check(latent.shape[0])
         state.gate = state.last = self.evaluate(latent)
         self._latent = latent
 

@@ -6,10 +6,10 @@ import hashlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fera_ext.bands import author, dog, rings
 from fera_ext.bands.filters import Filters
@@ -141,8 +141,21 @@ def _mirror(column: torch.Tensor) -> torch.Tensor:
     return torch.roll(column.flip(1), 1, dims=1)
 
 
-@lru_cache(maxsize=256)
+_built: dict[tuple[Bands, int, int, torch.device, torch.dtype], Filters] = {}
+"""Filters by definition, size, device and dtype. Never dropped: a captured CUDA graph keeps no reference to them."""
+
+
 def _filters(bands: Bands, height: int, width: int, device: torch.device, dtype: torch.dtype) -> Filters:
+    key = (bands, height, width, device, dtype)
+    found = _built.get(key)
+    if found is None:
+        # Plain tensors, whatever mode the first caller is in: inference, fake tensors under tracing, a default device.
+        with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
+            found = _built.setdefault(key, _build(bands, height, width).to(device, dtype))
+    return found
+
+
+def _build(bands: Bands, height: int, width: int) -> Filters:
     for name, size in (("height", height), ("width", width)):
         if not 1 <= size <= MAX_SIDE:
             raise ValueError(f"bands: {name} must be from 1 to {MAX_SIDE}, got {size}")
@@ -156,7 +169,5 @@ def _filters(bands: Bands, height: int, width: int, device: torch.device, dtype:
             )
         if width % 2 == 0 and not torch.allclose(table[:, :, -1], _mirror(table[:, :, -1]), rtol=1e-6, atol=0):
             raise ValueError("bands: masks must be symmetric under w -> -w, got an asymmetric last column")
-        built = Filters(table)
-    else:
-        built = DEFINITIONS[bands.name](dict(bands.params), height, width)
-    return built.to(device, dtype)
+        return Filters(table)
+    return DEFINITIONS[bands.name](dict(bands.params), height, width)

@@ -43,6 +43,8 @@ def _covered(capability: int, targets: str) -> bool:
     """Whether machine code or PTX in ``targets`` ("80-real,90a-real,121-virtual") runs on ``capability``."""
     for target in filter(None, targets.split(",")):
         number, _, kind = target.partition("-")
+        if not number[:1].isdigit():  # native, all, all-major: whatever the build machine made of it
+            return True
         plain = int(number.rstrip("af"))
         if number[-1] in "af":
             if plain == capability:

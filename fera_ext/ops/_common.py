@@ -71,6 +71,11 @@ def filter_args(op: str, bands: Bands, z: Tensor) -> FilterArgs:
             getattr(_held, f"{name}_reach"),
         )
     filters = bands.filters(z.shape[-2], z.shape[-1], z.device, dtype)
+    if type(z).__name__ == "FakeTensor":  # traced by hand: the filters must be fake in the same mode
+        fake: Any = z
+        parts = (filters.table, filters.right, filters.mix)
+        fakes = [None if t is None else fake.fake_mode.from_tensor(t) for t in parts]
+        return (*fakes, list(filters.reach))  # type: ignore[return-value]
     return filters.table, filters.right, filters.mix, list(filters.reach)
 
 

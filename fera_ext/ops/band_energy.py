@@ -90,16 +90,15 @@ def _band_energy_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _save_indicator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, table, right, mix, reach, _ = inputs
+    z, table, right, mix, ctx.reach, ctx.eps = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, z, table, right, mix)
-    ctx.reach = reach
 
 
 def _frequency_energy_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     dz = None
     if ctx.needs_input_grad[0]:
-        dz = _ops.frequency_energy_backward(grad, *ctx.saved_tensors, ctx.reach)
+        dz = _ops.frequency_energy_backward(grad, *ctx.saved_tensors, ctx.reach, ctx.eps)
     return (dz, *no_grads(FILTER_COUNT + 1))
 
 

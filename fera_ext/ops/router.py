@@ -139,12 +139,12 @@ def _router_softmax_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _save_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    z, table, right, mix, reach, *weights, tau, _ = inputs
+    z, table, right, mix, reach, *weights, tau, eps = inputs
     ctx.mark_non_differentiable(*output[1:])
     # The latent is kept only for a gradient of its own; the router's gradients need the indicator alone.
     latent = (z, table, right, mix) if ctx.needs_input_grad[0] else no_grads(FILTER_COUNT)
     ctx.save_for_backward(*output, *weights, *latent)
-    ctx.tau, ctx.reach = tau, reach
+    ctx.tau, ctx.reach, ctx.eps = tau, reach, eps
 
 
 def _latent_gate_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -155,7 +155,7 @@ def _latent_gate_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     denergy, dweights = _route_backward(ctx, grad, gate, energy, weights, needs[0], needs[first : first + 4])
     dz = None
     if denergy is not None:
-        dz = _ops.frequency_energy_backward(denergy, energy, total, *latent, ctx.reach)
+        dz = _ops.frequency_energy_backward(denergy, energy, total, *latent, ctx.reach, ctx.eps)
     return (dz, *no_grads(FILTER_COUNT), *dweights, None, None)
 
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from fera_ext.training.settings import PIPELINES
+
 CONTEXT: dict[str, Any] = {"token_normalize_func": lambda name: name.replace("-", "_")}
 """Context settings for registering :func:`train`: options may be spelled with dashes too."""
 
@@ -22,7 +24,12 @@ OPTIMIZER, RUN, VALIDATION = "Optimizer", "Run", "Validation"
 
 def train(
     pretrained_model_name_or_path: Annotated[
-        str, _flag("pretrained_model_name_or_path", "A diffusers pipeline: a folder or a hub name.", MODEL)
+        str,
+        _flag(
+            "pretrained_model_name_or_path",
+            f"A diffusers pipeline: a folder or a hub name. Of class {', '.join(PIPELINES)}.",
+            MODEL,
+        ),
     ],
     instance_data_dir: Annotated[Path, _flag("instance_data_dir", "The folder of images.", DATA)],
     instance_prompt: Annotated[
@@ -58,7 +65,12 @@ def train(
     ] = 100,
     target_modules: Annotated[
         Optional[str],  # noqa: UP045
-        _flag("target_modules", "Comma-separated path suffixes; to_q,to_k,to_v,to_out.0 by default.", ADAPTER),
+        _flag(
+            "target_modules",
+            "Comma-separated path suffixes, or re: and a regular expression that must match whole paths, such as "
+            r"re:mid_block\..*\.to_(q|k|v); to_q,to_k,to_v,to_out.0 by default.",
+            ADAPTER,
+        ),
     ] = None,
     learning_rate: Annotated[float, _flag("learning_rate", "Peak learning rate.", OPTIMIZER)] = 1e-4,
     lr_scheduler: Annotated[
@@ -116,20 +128,35 @@ def train(
     """Fine-tune a diffusers model on a folder of images.
 
     Ctrl-C saves a checkpoint and exits with status 130; --resume_from_checkpoint latest goes on exactly where
-    the run stopped. Exit status 2: a wrong argument; 1: anything else that went wrong.
+    the run stopped. Exit status 2: a wrong argument; 1: anything else that went wrong. The environment variable
+    FERA_TRACEBACK=1 adds the full trace to an error's one line.
     """
     arguments = dict(locals())
 
-    from fera_ext.training.errors import TrainError
+    from fera_ext.training.errors import TrainError, first_line
 
     try:
-        raise typer.Exit(_run(arguments))
+        code = _run(arguments)
     except TrainError as error:
-        typer.echo(f"fera-ext train: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+        code = _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        typer.echo("fera-ext train: stopped before the first step", err=True)
-        raise typer.Exit(130) from None
+        typer.echo("fera-ext train: stopped", err=True)
+        code = 130
+    except (OSError, ValueError, RuntimeError) as error:
+        # From a library, and foreseen nowhere: a line is more use than a trace, which is there for the asking.
+        code = _fail(f"{type(error).__name__}: {first_line(error)} (FERA_TRACEBACK=1 shows where)", 1)
+    raise typer.Exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    """Say what the exception being handled comes to; the exit status again."""
+    import os
+    import traceback
+
+    if os.environ.get("FERA_TRACEBACK") == "1":
+        traceback.print_exc()
+    typer.echo(f"fera-ext train: {message}", err=True)
+    return code
 
 
 def _run(arguments: dict[str, Any]) -> int:

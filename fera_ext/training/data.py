@@ -7,6 +7,8 @@ would have seen, mid-epoch too, whatever the number of workers.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,18 +51,34 @@ def find_images(folder: Path) -> list[Path]:
     return found
 
 
+def fingerprint(files: list[Path]) -> str:
+    """The number of images and a digest of their names and sizes in bytes, wherever the folder is.
+
+    Raises:
+        TrainError: one of them is gone.
+    """
+    try:
+        listed = sorted((file.name, file.stat().st_size) for file in files)
+    except OSError as error:
+        raise TrainError(f"instance_data_dir must be readable, got {first_line(error)}") from error
+    digest = hashlib.sha256(json.dumps(listed).encode())
+    return f"{len(listed)} files sha256:{digest.hexdigest()[:16]}"
+
+
 @dataclass(frozen=True)
 class Batch:
     """A batch on the CPU.
 
     Attributes:
-        pixels: (B, 3, S, S) float32 in [-1, 1].
+        pixels: (B, 3, S, S) float32 in [-1, 1]; empty where no file of the folder could be read.
+        originals: (B, 2) int64, height and width of each image as it was found, upright.
         sizes: (B, 2) int64, height and width of each image after it was resized, before the crop.
         corners: (B, 2) int64, top and left of each crop.
         corrupt: the files that could not be read, with the reason.
     """
 
     pixels: torch.Tensor
+    originals: torch.Tensor
     sizes: torch.Tensor
     corners: torch.Tensor
     corrupt: dict[str, str]
@@ -108,8 +126,8 @@ class ImageFolder(Dataset[dict[str, Any]]):
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The sample at ``position``; a file that cannot be read is replaced by the next one in the folder.
 
-        Raises:
-            TrainError: no file can be read.
+        Where no file can be read it has no pixels: an exception would arrive from another process with that
+        process's trace as its message.
         """
         corrupt: dict[str, str] = {}
         first = self.file_index(position)
@@ -119,15 +137,20 @@ class ImageFolder(Dataset[dict[str, Any]]):
                 with warnings.catch_warnings():
                     warnings.simplefilter("error", Image.DecompressionBombWarning)
                     image = self._open(file)
-            except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
+            except Exception as error:  # a damaged file makes the readers raise nearly anything
                 corrupt[str(file)] = first_line(error)
                 continue
             return {**self._crop(image, position), "corrupt": corrupt}
-        raise TrainError(f"instance_data_dir must hold a readable image, got {len(self.files)} corrupt files")
+        return {"corrupt": corrupt}
 
     def _open(self, file: Path) -> Image.Image:
         with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image)
+            image.load()
+            try:
+                upright = ImageOps.exif_transpose(image)
+            except Exception:  # broken EXIF data: struct.error, TypeError and others
+                upright = image.copy()
+            upright = _eight_bit(upright)
             if upright.mode in ("RGBA", "LA", "P", "PA"):
                 upright = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
@@ -135,6 +158,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
 
     def _crop(self, image: Image.Image, position: int) -> dict[str, Any]:
         size = self.resolution
+        original = image.size[::-1]
         factor = size / min(image.size)
         width, height = (max(size, round(side * factor)) for side in image.size)
         if (width, height) != image.size:
@@ -149,7 +173,28 @@ class ImageFolder(Dataset[dict[str, Any]]):
         if self.random_flip and mirrored:
             pixels = pixels[:, ::-1]
         array = np.ascontiguousarray(pixels.transpose(2, 0, 1)) / 127.5 - 1.0
-        return {"pixels": torch.from_numpy(array), "size": (height, width), "corner": (top, left)}
+        return {
+            "pixels": torch.from_numpy(array),
+            "original": original,
+            "size": (height, width),
+            "corner": (top, left),
+        }
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Deeper grey images as 8-bit ones; Pillow's own conversion cuts them off at 255.
+
+    Raises:
+        ValueError: values whose white is unknown.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    white = 1.0 if image.mode == "F" else 65535.0
+    # Written so that a NaN fails.
+    if not (values.min() >= 0 and values.max() <= white):
+        raise ValueError(f"values must be in [0, {white:g}], got {values.min():g} to {values.max():g}")
+    return Image.fromarray(np.rint(values * (255.0 / white)).astype(np.uint8))
 
 
 class Positions(Sampler[list[int]]):
@@ -174,8 +219,12 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
     corrupt: dict[str, str] = {}
     for sample in samples:
         corrupt.update(sample["corrupt"])
+    if not all("pixels" in sample for sample in samples):
+        none = torch.empty(0)
+        return Batch(none, none, none, none, corrupt)
     return Batch(
         torch.stack([s["pixels"] for s in samples]),
+        torch.tensor([s["original"] for s in samples]),
         torch.tensor([s["size"] for s in samples]),
         torch.tensor([s["corner"] for s in samples]),
         corrupt,
@@ -183,7 +232,11 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
 
 
 def batches(folder: ImageFolder, positions: Positions, workers: int) -> Iterator[Batch]:
-    """The stream of batches; each corrupt file is warned of once, by name."""
+    """The stream of batches; each corrupt file is warned of once, by name.
+
+    Raises:
+        TrainError: no file can be read.
+    """
     loader = DataLoader(
         folder,
         batch_sampler=positions,
@@ -193,6 +246,12 @@ def batches(folder: ImageFolder, positions: Positions, workers: int) -> Iterator
     )
     warned: set[str] = set()
     for batch in loader:
+        if not len(batch.pixels):
+            file, reason = next(iter(batch.corrupt.items()))
+            raise TrainError(
+                f"instance_data_dir must hold a readable image, got {len(batch.corrupt)} corrupt files, such as "
+                f"{file} ({reason})"
+            )
         for file, reason in batch.corrupt.items():
             if file not in warned:
                 warned.add(file)

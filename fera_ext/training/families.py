@@ -6,6 +6,8 @@ validation images; the noise, the losses and the loop are the same for all.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from fera_ext.training.data import Batch
 from fera_ext.training.errors import TrainError, UsageError, first_line
+from fera_ext.training.settings import PIPELINES
 
 Conditioning = dict[str, Tensor]
 """What a prompt becomes: tensors with a first axis of one."""
@@ -63,6 +66,15 @@ class Family:
     def multiple(self) -> int:
         """What the resolution must be a multiple of, in pixels."""
         return self.vae_factor * int(getattr(self.denoiser.config, "patch_size", None) or 1)
+
+    def fingerprint(self) -> str:
+        """Of the denoiser: its configuration and the first values of every tensor; before an adapter is attached."""
+        config = {k: v for k, v in dict(self.denoiser.config).items() if not k.startswith("_")}
+        parts = {type(self.denoiser).__name__: config}
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+        few = [p.detach().flatten()[:16].float() for p in self.denoiser.parameters()]
+        digest.update(torch.cat(few).cpu().numpy().tobytes())
+        return f"sha256:{digest.hexdigest()[:16]}"
 
     @property
     def channels(self) -> int:
@@ -190,7 +202,7 @@ class StableDiffusionXL(Family):
 
     def call(self, model, latents, timesteps, conditioning, batch):  # type: ignore[no-untyped-def]
         target = torch.full_like(batch.sizes, batch.pixels.shape[-1])
-        ids = torch.cat([batch.sizes, batch.corners, target], dim=1).to(self.device, self.dtype)
+        ids = torch.cat([batch.originals, batch.corners, target], dim=1).to(self.device, self.dtype)
         added = {"text_embeds": conditioning["pooled"], "time_ids": ids}
         return model(latents, timesteps, encoder_hidden_states=conditioning["text"], added_cond_kwargs=added).sample
 
@@ -333,7 +345,7 @@ class Unconditional(Family):
         return self.pipe(batch_size=len(generators), generator=generators, num_inference_steps=steps).images
 
 
-FAMILIES: dict[str, type[Family]] = {
+_CLASSES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
@@ -344,6 +356,7 @@ FAMILIES: dict[str, type[Family]] = {
     "DDPMPipeline": Unconditional,
     "DDIMPipeline": Unconditional,
 }
+FAMILIES: dict[str, type[Family]] = {name: _CLASSES[name] for name in PIPELINES}
 """Pipeline class, as ``model_index.json`` names it, to family."""
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fera_ext.training.errors import TrainError, saving_failed
+from fera_ext.training.errors import TrainError, first_line, saving_failed
 
 FILE_NAME = "log.jsonl"
 
@@ -35,6 +36,7 @@ class Journal:
         self.console = console
         self.every = max(1, last // 20)
         self._stream: TextIO | None = None
+        self._tracking = True
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -66,6 +68,15 @@ class Journal:
         if self._stream is not None:
             self._stream.close()
 
+    def _track(self, values: dict[str, float], step: int) -> None:
+        """Pass a step's figures on; a tracker that fails is not worth the training, and is left alone from then on."""
+        if self._tracking:
+            try:
+                self.tracker(values, step)
+            except Exception as error:  # trackers' errors have no common class
+                self._tracking = False
+                warnings.warn(f"tracking ends at step {step}: {first_line(error)}", stacklevel=3)
+
     def record(self, step: int, values: dict[str, float]) -> None:
         """Note a step's figures.
 
@@ -82,7 +93,7 @@ class Journal:
             self._bar.update(self._task, completed=step, figures=figures)
             if not self.console.is_terminal and (step % self.every == 0 or step == self.last):
                 self.console.print(f"step {step}/{self.last}  {figures}", highlight=False)
-        self.tracker(values, step)
+        self._track(values, step)
         if not math.isfinite(values["loss"]):
             raise TrainError(
                 f"loss must be finite, got {values['loss']} at step {step}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fera_ext.training.data import (
     Positions,
     batches,
     find_images,
+    fingerprint,
     stream_seed,
 )
 from fera_ext.training.errors import TrainError, UsageError, first_line, saving_failed
@@ -59,11 +61,14 @@ def run(settings: Settings, console: Console | None = None) -> int:
     family.check_resolution(settings.resolution)
     if family.prompted and settings.instance_prompt is None:
         raise UsageError(f"instance_prompt must be given for a {type(family.pipe).__name__}, got none")
+    pinned = settings.pinned(accelerator.num_processes, fingerprint(files), family.fingerprint())
+    step = 0 if resume is None else _check_resume(resume, pinned, settings.max_train_steps)
     if accelerator.is_main_process:
         _prepare_output(settings.output_dir)
-    trainer = Trainer(settings, accelerator, family, _attach(family, config, settings, resume), console)
+    adapter = _attach(family, config, settings, resume)
+    trainer = Trainer(settings, accelerator, family, adapter, pinned, console)
     if resume is not None:
-        trainer.restore(resume)
+        trainer.restore(resume, step)
     if accelerator.is_main_process:
         console.print(trainer.adapter.report(), highlight=False, markup=False)
         console.print(f"{len(files)} images, {trainer.describe()}", highlight=False)
@@ -90,11 +95,11 @@ def _accelerator(settings: Settings) -> Any:
             project_config=ProjectConfiguration(str(settings.output_dir), logging_dir=str(logs)),
         )
         if settings.report_to != "none":
-            accelerator.init_trackers("fera", config={})
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"mixed_precision or report_to is not usable here: {first_line(error)}") from error
+            accelerator.init_trackers("fera", config=settings.plain())
     except OSError as error:
         raise saving_failed("the tracker's log", logs, error) from error
+    except Exception as error:  # trackers' errors have no common class
+        raise UsageError(f"mixed_precision or report_to is not usable here: {first_line(error)}") from error
     if settings.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -113,6 +118,19 @@ def _prepare_output(output_dir: Path) -> None:
         raise saving_failed("output_dir", output_dir, error) from error
     for half in output_dir.glob(".checkpoint-*.tmp"):
         shutil.rmtree(half, ignore_errors=True)
+
+
+def _check_resume(path: Path, pinned: dict[str, Any], last: int) -> int:
+    """The step of a checkpoint that this run may continue.
+
+    Raises:
+        TrainError: it is damaged, of another run's settings, images or base model, or beyond the last step.
+    """
+    state = checkpointing.read_state(path)
+    checkpointing.check_pinned(path, state["pinned"], pinned)
+    if state["step"] >= last:
+        raise UsageError(f"max_train_steps must be more than the {state['step']} steps of {path}, got {last}")
+    return int(state["step"])
 
 
 def _attach(family: Family, config: Any, settings: Settings, resume: Path | None) -> FeraAdapter:
@@ -134,11 +152,18 @@ class Trainer:
         accelerator: device, precision, processes and trackers.
         family: the model.
         adapter: attached to the family's denoiser.
+        pinned: what a run that continues this one must share with it.
         console: for messages.
     """
 
     def __init__(
-        self, settings: Settings, accelerator: Any, family: Family, adapter: FeraAdapter, console: Console
+        self,
+        settings: Settings,
+        accelerator: Any,
+        family: Family,
+        adapter: FeraAdapter,
+        pinned: dict[str, Any],
+        console: Console,
     ) -> None:
         from diffusers.optimization import get_scheduler
 
@@ -146,9 +171,10 @@ class Trainer:
         self.accelerator = accelerator
         self.family = family
         self.adapter = adapter
+        self.pinned = pinned
         self.console = console
         self.step = 0
-        self.process = process_of(family.pipe.scheduler, settings.snr_gamma)
+        self.process = process_of(family.pipe.scheduler, settings.snr_gamma, family.multiple // family.vae_factor)
         # The base stays in evaluation mode: its own dropout would differ between the two passes of FECL.
         family.denoiser.eval()
         for layer in adapter.layers.values():
@@ -190,20 +216,12 @@ class Trainer:
             f"{self.accelerator.device}, seed {s.seed}"
         )
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path, step: int) -> None:
         """Continue from a checkpoint whose adapter is attached already.
 
         Raises:
-            TrainError: it is damaged, of another run's settings, or beyond the last step.
+            TrainError: it is damaged.
         """
-        state = checkpointing.read_state(path)
-        pinned = self.settings.pinned(self.accelerator.num_processes)
-        checkpointing.check_pinned(path, state["pinned"], pinned)
-        if state["step"] >= self.settings.max_train_steps:
-            raise UsageError(
-                f"max_train_steps must be more than the {state['step']} steps of {path}, "
-                f"got {self.settings.max_train_steps}"
-            )
         tensors = checkpointing.read_tensors(path)
         try:
             self.optimizer.load_state_dict(tensors["optimizer"])
@@ -212,7 +230,7 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(tensors["scaler"])
         except (KeyError, ValueError) as error:
             raise TrainError(f"{path} must fit this run, got {first_line(error)}") from error
-        self.step = state["step"]
+        self.step = step
 
     def train(self, files: list[Path]) -> int:
         """Run to the last step; the exit status."""
@@ -254,10 +272,10 @@ class Trainer:
                     pending = []
                 if saving or stopped:
                     self.save_checkpoint()
-                if (validating or last) and not stopped:
-                    self.validate()
                 if last:
                     break
+                if validating:
+                    self.validate()
         if self.step < s.max_train_steps:
             if main:
                 self.console.print(
@@ -265,7 +283,7 @@ class Trainer:
                     "(resume_from_checkpoint=latest continues it)",
                     highlight=False,
                 )
-            accelerator.end_training()
+            self._end_tracking()
             return interruption.exit_code
         if main:
             try:
@@ -273,8 +291,16 @@ class Trainer:
             except OSError as error:
                 raise saving_failed("the adapter", s.output_dir, error) from error
             self.console.print(f"adapter saved to {saved}", highlight=False)
-        accelerator.end_training()
+        if interruption.signal is None:
+            self.validate()
+        self._end_tracking()
         return 0
+
+    def _end_tracking(self) -> None:
+        try:
+            self.accelerator.end_training()
+        except Exception as error:  # trackers' errors have no common class
+            warnings.warn(f"the trackers could not be closed: {first_line(error)}", stacklevel=2)
 
     def micro_step(self, micro: int, batch: Batch) -> Tensor:
         """One forward and backward, and the optimizer's step where gradients are complete.
@@ -346,7 +372,7 @@ class Trainer:
                     "schedule": self.schedule.state_dict(),
                     "scaler": scaler.state_dict() if scaler is not None else None,
                 },
-                self.settings.pinned(self.accelerator.num_processes),
+                self.pinned,
                 self.settings.checkpoints_total_limit,
             )
         self.accelerator.wait_for_everyone()
@@ -354,13 +380,22 @@ class Trainer:
     def validate(self) -> None:
         """Draw images with the current adapter, if asked for: files, and the trackers'.
 
-        Raises:
-            TrainError: they cannot be written.
+        What goes wrong here is warned of: the training is worth more than a look at it.
         """
         s = self.settings
         asked = bool(s.validation_prompt) if self.family.prompted else s.validation_steps > 0
         if not asked or not s.num_validation_images or not self.accelerator.is_main_process:
             return
+        try:
+            self._track_images(self._draw_images())
+        except Exception as error:  # out of memory, a full disk, a sampler's or a tracker's complaint
+            warnings.warn(f"validation at step {self.step} failed: {first_line(error)}", stacklevel=2)
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _draw_images(self) -> list[Any]:
+        """Images in the folder ``validation``, and as PIL images."""
+        s = self.settings
         seeds = [stream_seed(s.seed, VALIDATION, i) for i in range(s.num_validation_images)]
         denoiser = self.family.denoiser
         denoiser.eval()
@@ -372,13 +407,10 @@ class Trainer:
             for layer in self.adapter.layers.values():
                 layer.train()
         folder = s.output_dir / "validation"
-        try:
-            folder.mkdir(exist_ok=True)
-            for i, image in enumerate(images):
-                image.save(folder / f"step-{self.step:06d}-{i}.png")
-        except OSError as error:
-            raise saving_failed("a validation image", folder, error) from error
-        self._track_images(images)
+        folder.mkdir(exist_ok=True)
+        for i, image in enumerate(images):
+            image.save(folder / f"step-{self.step:06d}-{i}.png")
+        return images
 
     def _track_images(self, images: list[Any]) -> None:
         import numpy as np

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,26 +88,59 @@ class FlowMatching:
     Args:
         config: the configuration of the pipeline's scheduler: its shift and number of timesteps.
         snr_gamma: must be None: there is no such weighting here.
+        patch: side of the denoiser's tokens in latent pixels; a dynamic shift depends on their number.
 
     Raises:
         UsageError: ``snr_gamma`` is given.
     """
 
-    def __init__(self, config: Any, snr_gamma: float | None) -> None:
+    def __init__(self, config: Any, snr_gamma: float | None, patch: int = 1) -> None:
         if snr_gamma is not None:
             raise UsageError(f"snr_gamma must not be given for a flow-matching model, got {snr_gamma}")
-        self.shift = float(config.get("shift", 1.0) or 1.0)
+        self.config = config
+        self.patch = patch
         self.count = int(config.get("num_train_timesteps", 1000))
+
+    def shift(self, height: int, width: int) -> float:
+        """How much more noise than logit-normal times a latent of this size is given, as when sampling."""
+        get = self.config.get
+        if not get("use_dynamic_shifting", False):
+            return float(get("shift", 1.0) or 1.0)
+        # As the pipelines' calculate_shift: the static shift is not applied on top of this one.
+        tokens = (height // self.patch) * (width // self.patch)
+        few, many = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
+        low, high = get("base_shift", 0.5), get("max_shift", 1.15)
+        mu = low + (high - low) * (tokens - few) / (many - few)
+        return mu if get("time_shift_type", "exponential") == "linear" else math.exp(mu)
 
     def __call__(self, clean: Tensor, noise: Tensor, generator: torch.Generator) -> Noised:
         s = torch.sigmoid(torch.randn(len(clean), generator=generator))
-        s = (self.shift * s / (1.0 + (self.shift - 1.0) * s)).to(clean.device)
+        shift = self.shift(*clean.shape[-2:])
+        s = (shift * s / (1.0 + (shift - 1.0) * s)).to(clean.device)
         mix = s.view(-1, *[1] * (clean.ndim - 1))
         latents = torch.lerp(clean, noise, mix)
         return Noised(latents, s * self.count, noise - clean, torch.ones_like(s))
 
 
-def process_of(scheduler: Any, snr_gamma: float | None) -> Process:
-    """The forward process that a pipeline's scheduler inverts."""
-    flow = "FlowMatch" in type(scheduler).__name__
-    return (FlowMatching if flow else Diffusion)(scheduler.config, snr_gamma)
+def process_of(scheduler: Any, snr_gamma: float | None, patch: int = 1) -> Process:
+    """The forward process that a pipeline's scheduler inverts.
+
+    Args:
+        scheduler: the pipeline's.
+        snr_gamma: clip of the min-SNR weighting; None weighs all timesteps alike.
+        patch: side of the denoiser's tokens in latent pixels.
+
+    Raises:
+        UsageError: a scheduler of another process, or one that does not go with ``snr_gamma``.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    if "FlowMatch" in name:
+        return FlowMatching(config, snr_gamma, patch)
+    # EDM's schedulers scale what the model sees and says by sigma_data, and a continuous timestep is no index
+    # of the betas: trained as DDPM such a model would learn to predict something else.
+    betas = "beta_schedule" in config and "prediction_type" in config and "sigma_data" not in config
+    if not betas or config.get("timestep_type", "discrete") != "discrete":
+        raise UsageError(
+            f"pretrained_model_name_or_path must have a scheduler with DDPM's betas or flow matching, got {name}"
+        )
+    return Diffusion(config, snr_gamma)

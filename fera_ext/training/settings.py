@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,19 @@ SCHEDULES = (
     "cosine_with_restarts",
     "polynomial",
 )
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "PixArtAlphaPipeline",
+    "PixArtSigmaPipeline",
+    "DiTPipeline",
+    "DDPMPipeline",
+    "DDIMPipeline",
+)
+"""The pipeline classes that :mod:`fera_ext.training.families` knows; here, so that --help needs no torch."""
+
 TRACKERS = ("none", "tensorboard", "wandb", "comet_ml", "all")
 
 
@@ -91,11 +103,15 @@ class Settings:
             "fecl_warmup_steps",
             "dataloader_num_workers",
             "seed",
+            "adam_weight_decay",
         ):
             self._rule(name, getattr(self, name) >= 0, "0 or more")
-        self._rule("validation_inference_steps", self.validation_inference_steps >= 1, "at least 1")
-        self._rule("learning_rate", self.learning_rate > 0, "positive")
-        self._rule("max_grad_norm", self.max_grad_norm > 0, "positive")
+        self._rule("seed", self.seed < 2**63, "less than 2**63")
+        self._rule("validation_inference_steps", 1 <= self.validation_inference_steps <= 1000, "from 1 to 1000")
+        for name in ("adam_beta1", "adam_beta2"):
+            self._rule(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+            self._rule(name, getattr(self, name) > 0, "positive")
         if self.checkpoints_total_limit is not None:
             self._rule("checkpoints_total_limit", self.checkpoints_total_limit >= 1, "at least 1")
         if self.snr_gamma is not None:
@@ -132,14 +148,27 @@ class Settings:
                 "router_tau": self.router_tau,
                 "fecl_weight": self.fecl_weight,
             }
-            if self.target_modules is not None:
+            if self.target_modules is not None and self.target_modules.startswith("re:"):
+                chosen["target_modules"] = self.target_modules[len("re:") :]
+            elif self.target_modules is not None:
                 chosen["target_modules"] = [t.strip() for t in self.target_modules.split(",") if t.strip()]
             return FeraConfig(**chosen)
         except ValueError as error:
             raise UsageError(str(error)) from error
 
-    def pinned(self, processes: int) -> dict[str, Any]:
-        """What a resumed run must share with the run it continues, for its losses to be the same."""
+    def plain(self) -> dict[str, str | int | float]:
+        """The choices that were made, as trackers take them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v if isinstance(v, (int, float)) else str(v) for k, v in values.items() if v is not None}
+
+    def pinned(self, processes: int, images: str, base: str) -> dict[str, Any]:
+        """What a resumed run must share with the run it continues, for its losses to be the same.
+
+        Args:
+            processes: how many there are.
+            images: fingerprint of the folder of images.
+            base: fingerprint of the base model.
+        """
         free = {
             "pretrained_model_name_or_path",
             "instance_data_dir",
@@ -158,4 +187,4 @@ class Settings:
         }
         names = [f.name for f in fields(self) if f.name not in free and "validation" not in f.name]
         values = {name: getattr(self, name) for name in names}
-        return {**values, "processes": processes, "images": os.path.basename(self.instance_data_dir)}
+        return {**values, "processes": processes, "images": images, "base_model": base}

@@ -87,7 +87,8 @@ typedef struct fera_band_energy_args {
   fera_filters filters;
   double eps;      /* of the indicator */
   void* energy;    /* (N, K) compute dtype, or NULL; infinite where E exceeds the dtype's range */
-  void* indicator; /* (N, K) compute dtype, or NULL; right even where E itself overflows or underflows */
+  void* indicator; /* (N, K) compute dtype, or NULL; right even where E itself leaves the dtype's range, as long as
+                    * the latent's spectrum does not (float32: |z| H W below 3e38; float64: |z| H W below 1e150) */
   double* total;   /* (N) sum_k E_k + eps, or NULL */
 } fera_band_energy_args;
 
@@ -96,7 +97,7 @@ FERA_API fera_status fera_band_energy_cpu(const fera_band_energy_args*, const fe
 FERA_API fera_status fera_band_energy_cuda(const fera_band_energy_args*, const fera_context*);
 
 /* dz for an upstream gradient of the energies, or (indicator and total given) of the indicator:
- * dL/dE_k = (grad_k - sum_j grad_j e_j) / total.  dz = sum_k 2 dL/dE_k H_k^T H_k z. */
+ * dL/dE_k = (sum_j e_j (grad_k - grad_j) + grad_k eps / total) / total.  dz = sum_k 2 dL/dE_k H_k^T H_k z. */
 typedef struct fera_band_energy_backward_args {
   fera_latent z;
   fera_filters filters;
@@ -104,6 +105,7 @@ typedef struct fera_band_energy_backward_args {
   const void* indicator; /* (N, K) compute dtype, or NULL */
   const double* total;   /* (N), or NULL */
   fera_latent dz;        /* same sizes and dtype as z */
+  double eps;            /* of the indicator, where that is given */
 } fera_band_energy_backward_args;
 
 FERA_API size_t fera_band_energy_backward_workspace(const fera_band_energy_backward_args*, fera_device);
@@ -223,7 +225,7 @@ typedef struct fera_expert_update_backward_args {
   int32_t add_to_dx; /* 1: dx already holds the base layer's part; 0: dx is written */
   void* da;          /* like lora_a, or NULL */
   void* db;          /* like lora_b, or NULL */
-  void* dgate;       /* like gate, or NULL */
+  void* dgate;       /* like gate, or NULL; with no tokens the number of its rows is unknown: it is not written */
 } fera_expert_update_backward_args;
 
 FERA_API size_t fera_expert_update_backward_workspace(const fera_expert_update_backward_args*, fera_device);
@@ -234,7 +236,7 @@ FERA_API fera_status fera_expert_update_backward_cuda(const fera_expert_update_b
 FERA_API const char* fera_last_error(void); /* this thread's last error sentence; "" if none */
 FERA_API const char* fera_version(void);
 FERA_API int fera_has_cuda(void);             /* 1 if the CUDA kernels were built */
-FERA_API const char* fera_cuda_targets(void); /* e.g. "80-real;86-real;89-real;90a-real;120-virtual", or "" */
+FERA_API const char* fera_cuda_targets(void); /* e.g. "80-real,86-real,89-real,90a-real,90-virtual", or "" */
 
 #ifdef __cplusplus
 }
