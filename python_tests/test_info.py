@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -135,3 +136,8 @@ def test_names_load_lazily() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         fera_ext.nonsense  # noqa: B018
     assert fera_ext.Bands.dog(3).count == 3
+
+
+def test_readme_has_no_placeholder() -> None:
+    readme = Path(__file__).parents[1] / "README.md"
+    assert "@@" not in readme.read_text()
