@@ -32,7 +32,7 @@ def test_cpu_kernels_use_torchs_threads() -> None:
 def test_tables() -> None:
     result = CliRunner().invoke(app, ["info", "--explain"], terminal_width=200)
     assert result.exit_code == 0
-    for word in ("torch operators", "fecl_loss", "FFT"):
+    for word in ("torch operators", "fecl_loss", "FFT", f"{_extension.C.core_cpu_isa} kernels"):
         assert word in result.output
 
 

@@ -1,9 +1,12 @@
 // What this build holds.
+#include "common/cpu_isa.h"
 #include "fera/fera.h"
 
 #ifndef FERA_CUDA_TARGETS
 #define FERA_CUDA_TARGETS ""
 #endif
+
+extern "C" const char* fera_cpu_isa(void) { return fera::cpu::cpu_isa_name(); }
 
 extern "C" int fera_has_cuda(void) {
 #if defined(FERA_WITH_CUDA)

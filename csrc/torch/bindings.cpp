@@ -7,8 +7,9 @@
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fera_ext's torch operators; importing it registers torch.ops.fera_ext";
-  m.attr("bindings") = 3;  // fera_ext/_extension.py expects this number
+  m.attr("bindings") = 4;  // fera_ext/_extension.py expects this number
   m.attr("core_version") = fera_version();
+  m.attr("core_cpu_isa") = fera_cpu_isa();
   m.attr("core_cuda") = fera_has_cuda() != 0;
   m.attr("core_cuda_targets") = fera_cuda_targets();
   m.attr("torch_version") = TORCH_VERSION;

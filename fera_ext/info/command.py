@@ -10,9 +10,7 @@ import typer
 
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Say which kernel each operator runs on each device, and why.")
-    ] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say how each operator computes.")] = False,
 ) -> None:
     """Says how this copy was built, what it found, whether every operator works, and what to do when not.
 

@@ -84,7 +84,13 @@ def collect(explain: bool = False) -> dict[str, Any]:
         report["error"] = str(error)
         report["advice"] = [str(error)]
         return report
-    report["build"] = {**INFO, "core_version": C.core_version, "targets": C.core_cuda_targets, "parallel": C.parallel}
+    report["build"] = {
+        **INFO,
+        "core_version": C.core_version,
+        "targets": C.core_cuda_targets,
+        "parallel": C.parallel,
+        "cpu_isa": C.core_cpu_isa,
+    }
     devices = [torch.device("cpu")]
     if INFO["operators_cuda"] and torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -129,7 +135,8 @@ def render(report: dict[str, Any]) -> None:
         )
         table.add_row("CUDA kernels", kernels)
         table.add_row("torch operators", "CPU and CUDA" if build["operators_cuda"] else "CPU only")
-    table.add_row("CPU threads", str(runtime["threads"]))
+    isa = f", {build['cpu_isa']} kernels" if build else ""
+    table.add_row("CPU", f"{runtime['threads']} threads{isa}")
     for index, gpu in enumerate(runtime["gpus"]):
         kernels = "has kernels" if gpu["covered"] else "no kernels for it"
         table.add_row(f"GPU {index}", f"{gpu['name']}, sm_{gpu['capability']}, {kernels}")

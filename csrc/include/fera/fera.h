@@ -235,6 +235,7 @@ FERA_API fera_status fera_expert_update_backward_cuda(const fera_expert_update_b
 /* ---- the build ---- */
 FERA_API const char* fera_last_error(void); /* this thread's last error sentence; "" if none */
 FERA_API const char* fera_version(void);
+FERA_API const char* fera_cpu_isa(void);      /* the CPU kernels in use: "avx512", "avx2" or "generic" */
 FERA_API int fera_has_cuda(void);             /* 1 if the CUDA kernels were built */
 FERA_API const char* fera_cuda_targets(void); /* e.g. "80-real,86-real,89-real,90a-real,90-virtual", or "" */
 
