@@ -297,6 +297,8 @@ class Trainer:
         return 0
 
     def _end_tracking(self) -> None:
+        # All ranks leave together: one that tears its group down while another still saves can hang it.
+        self.accelerator.wait_for_everyone()
         try:
             self.accelerator.end_training()
         except Exception as error:  # trackers' errors have no common class
