@@ -62,7 +62,7 @@ def _attach(case: models.Case):
 
 def _gates_differ(adapter) -> bool:
     """Whether a sample that took its neighbour's gate would show."""
-    return float((adapter.gate[0] - adapter.gate[1]).abs().max()) > 0.05
+    return float((adapter.gate[0] - adapter.gate[1]).detach().abs().max()) > 0.05
 
 
 def _grads(case: models.Case, adapter) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "common/carver.h"
 #include "common/cpu_parallel.h"
 #include "common/simplex.h"
 
@@ -12,18 +13,6 @@ namespace {
 constexpr double kPi = 3.14159265358979323846;
 
 int round_up(int64_t value, int multiple) { return static_cast<int>((value + multiple - 1) / multiple * multiple); }
-
-// Carves aligned pieces off the workspace; with a null base it only counts.
-struct Carver {
-  char* base;
-  size_t used = 0;
-  template <class U>
-  U* take(int64_t count) {
-    U* const at = base == nullptr ? nullptr : reinterpret_cast<U*>(base + used);
-    used += align256(sizeof(U) * static_cast<size_t>(count));
-    return at;
-  }
-};
 
 bool spectral(const fera_filters& filters) { return filters.blurs == 0; }
 

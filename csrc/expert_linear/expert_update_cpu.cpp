@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/carver.h"
 #include "common/cpu_parallel.h"
 #include "common/dispatch.h"
 #include "expert_linear/expert_linear.h"
@@ -18,17 +19,6 @@ constexpr int64_t kWidest = 32;  // no panel is wider
 constexpr int64_t kGroup = 4;    // panels of columns that share a chunk of tiles
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-struct Carver {
-  char* base;
-  size_t used = 0;
-  template <class U>
-  U* take(int64_t count) {
-    U* const at = base == nullptr ? nullptr : reinterpret_cast<U*>(base + used);
-    used += align256(sizeof(U) * static_cast<size_t>(count));
-    return at;
-  }
-};
 
 template <class T>
 ProductKernels<T> products_of() {

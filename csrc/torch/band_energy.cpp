@@ -3,12 +3,9 @@
 namespace fera::torch_binding {
 namespace {
 
-struct Outputs {
-  Tensor energy, indicator, total;
-};
-
-Outputs run(const char* op, const Tensor& z, const Tensor& table, const OptionalTensor& right,
-            const OptionalTensor& mix, at::IntArrayRef reach, double eps, bool indicator) {
+// (energies or indicator, total); the total is empty with the energies.
+std::tuple<Tensor, Tensor> run(const char* op, const Tensor& z, const Tensor& table, const OptionalTensor& right,
+                               const OptionalTensor& mix, at::IntArrayRef reach, double eps, bool indicator) {
   const DeviceScope scope(z);
   const Latent latent(op, "z", z);
   const Filters filters(op, z, table, right, mix, reach);
@@ -21,7 +18,7 @@ Outputs run(const char* op, const Tensor& z, const Tensor& table, const Optional
                                    indicator ? out.data_ptr() : nullptr,
                                    indicator ? total.data_ptr<double>() : nullptr};
   FERA_CALL(z, band_energy, args);
-  return {out, out, total};
+  return {out, total};
 }
 
 Tensor run_backward(const char* op, const Tensor& grad, const OptionalTensor& indicator, const OptionalTensor& total,
@@ -59,7 +56,7 @@ Tensor run_backward(const char* op, const Tensor& grad, const OptionalTensor& in
 
 Tensor band_energy(const Tensor& z, const Tensor& table, const OptionalTensor& right, const OptionalTensor& mix,
                    at::IntArrayRef reach) {
-  return run("band_energy", z, table, right, mix, reach, 0.0, false).energy;
+  return std::get<0>(run("band_energy", z, table, right, mix, reach, 0.0, false));
 }
 
 Tensor band_energy_backward(const Tensor& grad, const Tensor& z, const Tensor& table, const OptionalTensor& right,
@@ -70,8 +67,7 @@ Tensor band_energy_backward(const Tensor& grad, const Tensor& z, const Tensor& t
 std::tuple<Tensor, Tensor> frequency_energy(const Tensor& z, const Tensor& table, const OptionalTensor& right,
                                             const OptionalTensor& mix, at::IntArrayRef reach, double eps) {
   FERA_REQUIRE("frequency_energy", eps >= 0 && std::isfinite(eps), "eps", "finite and not negative", eps);
-  const Outputs out = run("frequency_energy", z, table, right, mix, reach, eps, true);
-  return {out.indicator, out.total};
+  return run("frequency_energy", z, table, right, mix, reach, eps, true);
 }
 
 Tensor frequency_energy_backward(const Tensor& grad, const Tensor& indicator, const Tensor& total, const Tensor& z,
