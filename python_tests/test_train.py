@@ -293,10 +293,6 @@ def test_signal_saves_and_exits(number: signal.Signals, model: Path, images: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    os.environ.get("FERA_TEST_TWO_PROCESSES") != "1",
-    reason="its processes have hung at their end on a busy machine; set FERA_TEST_TWO_PROCESSES=1 to run it",
-)
 def test_two_processes_resume_exactly(model: Path, images: Path, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(f"{ENTRY}\n")

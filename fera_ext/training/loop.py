@@ -297,7 +297,10 @@ class Trainer:
         return 0
 
     def _end_tracking(self) -> None:
-        # All ranks leave together: one that tears its group down while another still saves can hang it.
+        # DDP's reducer holds the process group. It goes while every rank is there: freed later, it can wait for a rank
+        # that has left. And all ranks leave together, because one may still be saving.
+        self.model = self.family.denoiser
+        self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.end_training()
