@@ -62,7 +62,8 @@ class Context(ctypes.Structure):
 def core() -> ctypes.CDLL:
     library = ctypes.CDLL(str(Path(fera_ext.__file__).parent / "lib" / "libfera.so"))
     library.fera_band_energy_workspace.restype = ctypes.c_size_t
-    library.fera_last_error.restype = ctypes.c_char_p
+    for name in ("fera_last_error", "fera_band_variant", "fera_cpu_isa"):
+        getattr(library, name).restype = ctypes.c_char_p
     return library
 
 
@@ -119,3 +120,12 @@ def test_a_build_without_cuda_says_so(core: ctypes.CDLL) -> None:
     args, context = BandEnergy(), Context()
     assert core.fera_band_energy_cuda(ctypes.byref(args), ctypes.byref(context)) == 2
     assert b"build without CUDA" in core.fera_last_error()
+
+
+def test_variant_reads_no_pointer(core: ctypes.CDLL) -> None:
+    latent = Latent(None, 0, 2, 4, 24, 40, 4 * 24 * 40, 24 * 40, 40, 1)
+    filters = Filters(3, 0, None, None, None)
+    variant = core.fera_band_variant(ctypes.byref(latent), ctypes.byref(filters), CPU)
+    assert variant == core.fera_cpu_isa()
+    if not core.fera_has_cuda():
+        assert core.fera_band_variant(ctypes.byref(latent), ctypes.byref(filters), CUDA) == b""

@@ -37,6 +37,13 @@ def _fecl(**changes) -> torch.Tensor:
     return ops.fecl_loss(**{"base": z, "fera": z, "target": z, "bands": DOG, **changes})
 
 
+def _fecl_without_gradient() -> torch.Tensor:
+    z = torch.randn(2, 4, 8, 8)
+    f = DOG.filters(8, 8, z.device, z.dtype)
+    fera = z.clone().requires_grad_()
+    return torch.ops.fera_ext.fecl_loss(z, fera, z, f.table, f.right, f.mix, list(f.reach), 1e-8, False)[0]
+
+
 CASES: list[tuple[str, Callable[[], object]]] = [
     ("band_energy: z must be (N, ..., H, W), got (8, 8)", lambda: ops.band_energy(torch.randn(8, 8), DOG)),
     (
@@ -133,6 +140,16 @@ CASES: list[tuple[str, Callable[[], object]]] = [
     (
         "bands: masks must be finite and non-negative, got other values",
         lambda: Bands.custom(-torch.ones(1, 8, 5)),
+    ),
+    (
+        "fecl_loss: gradient must be True to differentiate, got False",
+        lambda: _fecl_without_gradient().backward(),
+    ),
+    (
+        "fecl_loss_backward: factor must be (2) float64, got [3]",
+        lambda: torch.ops.fera_ext.fecl_loss_backward(
+            torch.ones(()), torch.ones(2, 4, 8, 8), torch.ones(3).double(), torch.float32
+        ),
     ),
     (
         "bands: masks must be (K, H, W//2+1) with K from 1 to 16, got (8, 5)",

@@ -8,6 +8,7 @@ import threading
 import pytest
 import tolerances
 import torch
+from helpers_ops import LINEARS, Captured, assert_matches_float64
 from samples import LINEAR_LEAVES, MASTERS, Sample, samples
 from torch.library import opcheck
 
@@ -15,37 +16,13 @@ from fera_ext import ops, reference
 from fera_ext.bands import Bands
 
 ALL = samples()
-LINEARS = ("expert_linear", "expert_update")
-
-
-def _limit(sample: Sample, dtype: torch.dtype) -> float:
-    return tolerances.linear_limit(dtype) if sample.op in LINEARS else tolerances.energy_limit(dtype)
 
 
 @pytest.mark.parametrize("dtype", tolerances.DTYPES, ids=str)
 @pytest.mark.parametrize("sample", ALL, ids=str)
 def test_matches_float64(sample: Sample, dtype: torch.dtype, device: torch.device) -> None:
     """Output and gradients against the float64 twin on the same (rounded) inputs, and against plain torch."""
-    given = sample.cast(dtype, device)
-    exact = given.cast(torch.float64, device)
-    out, grads = given.gradients(ops)
-    upstream = given.upstream(out)
-    plain_out, plain_grads = given.gradients(reference, upstream)
-    ref_out, ref_grads = exact.gradients(reference, upstream)
-    assert out.dtype == plain_out.dtype
-    for name, got, plain, ref in zip(
-        ("output", *sample.leaves), [out, *grads], [plain_out, *plain_grads], [ref_out, *ref_grads]
-    ):
-        error = tolerances.error(got, ref)
-        # An output or gradient stored in a 16-bit dtype carries that dtype's rounding.
-        limit = max(_limit(sample, dtype), tolerances.LOW.get(got.dtype, 0))
-        allowed = max(limit, tolerances.SLACK * tolerances.error(plain, ref)) if dtype == torch.float32 else limit
-        assert error <= allowed, (name, error, tolerances.error(plain, ref))
-        if got.dtype in tolerances.LOW:
-            assert error <= tolerances.SLACK * tolerances.error(plain, ref) + 1e-5, (
-                name,
-                "worse than plain torch",
-            )
+    assert_matches_float64(sample, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -230,26 +207,12 @@ def test_from_many_threads(device: torch.device) -> None:
 @pytest.mark.parametrize("sample", ALL, ids=str)
 def test_graph_capture(sample: Sample) -> None:
     """Forward and backward capture into one CUDA graph; a replay follows new inputs."""
-    given = sample.cast(torch.float32, torch.device("cuda"))
-    leaves = [given.arguments[n] for n in given.leaves]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        upstream = torch.ones_like(given.run(ops))
-        torch.autograd.grad(given.run(ops), leaves, upstream)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = given.run(ops)
-        grads = torch.autograd.grad(out, leaves, upstream)
+    captured = Captured(sample.cast(torch.float32, torch.device("cuda")))
     with torch.no_grad():
-        for leaf in leaves:
+        for leaf in captured.leaves:
             leaf.mul_(0.75)
-    graph.replay()
-    got = [out.clone(), *(g.clone() for g in grads)]
-    expected = given.run(ops)
-    for a, b in zip(got, [expected, *torch.autograd.grad(expected, leaves, upstream)]):
-        assert tolerances.error(a, b) <= 1e-6
+    for got, expected in zip(captured.replay(), captured.eager()):
+        assert tolerances.error(got, expected) <= 1e-6
 
 
 @pytest.mark.gpu
@@ -314,3 +277,39 @@ def test_second_backward_is_an_error(sample: Sample, device: torch.device) -> No
     (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="not implemented"):
         grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("sample", [s for s in ALL if s.note in ("dog", "author", "r12")], ids=str)
+def test_backward_fills_nothing(sample: Sample, device: torch.device) -> None:
+    """Outputs that have no gradient get None in backward, not zeros: each would be a launch on a GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    given = sample.cast(torch.float32, device)
+    out = given.run(ops)
+    upstream, leaves = given.upstream(out), [given.arguments[n] for n in given.leaves]
+    with profile(activities=[ProfilerActivity.CPU]) as session:
+        torch.autograd.grad(out, leaves, upstream)
+    called = {e.name for e in session.events()}
+    assert any(name.startswith("fera_ext::") for name in called)
+    assert not called & {"aten::zeros", "aten::zero_", "aten::fill_"}
+
+
+class _NoGradient(torch.autograd.Function):
+    """Passes its input on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("sample", ALL, ids=str)
+def test_no_upstream_gradient(sample: Sample, device: torch.device) -> None:
+    """A function downstream that gives no gradient: the leaves get none, or zeros."""
+    given = sample.cast(torch.float32, device)
+    leaves = [given.arguments[n] for n in given.leaves]
+    grads = torch.autograd.grad(_NoGradient.apply(given.run(ops)).sum(), leaves, allow_unused=True)
+    assert all(g is None or not g.any() for g in grads)

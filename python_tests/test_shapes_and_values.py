@@ -177,6 +177,39 @@ def test_fecl_at_any_magnitude(scale: float, bands: Bands, device: torch.device)
     assert tolerances.error(grad, ref_grad) <= tolerances.ENERGY_F32 * 5
 
 
+@pytest.mark.parametrize("dtype", tolerances.DTYPES, ids=str)
+def test_fecl_keeps_one_latent(dtype: torch.dtype, device: torch.device) -> None:
+    """Saved for backward are the gradient in the compute dtype and a float64 number a sample; without grad, nothing."""
+    data = {k: v.to(device, dtype) for k, v in predictions(2, 4, 16, 20).items()}
+    kept: list[tuple[tuple[int, ...], torch.dtype]] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append((tuple(tensor.shape), tensor.dtype))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        ops.fecl_loss(**data, bands=Bands.dog(3))
+        assert kept == []
+        fera = data.pop("fera").requires_grad_()
+        ops.fecl_loss(fera=fera, **data, bands=Bands.dog(3))
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    assert kept == [((2, 4, 16, 20), compute), ((2,), torch.float64)]
+
+
+@pytest.mark.parametrize("bands", BANDS, ids=lambda b: b.name)
+@pytest.mark.parametrize("shape", [(70000, 1, 2, 3), (1, 70000, 2, 3)], ids=str)
+def test_many_samples_and_planes(shape: tuple[int, ...], bands: Bands, device: torch.device) -> None:
+    """More of them than a grid axis of a GPU holds blocks."""
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    energy = ops.band_energy(z, bands)
+    (grad,) = torch.autograd.grad(energy.sum(), z)
+    exact = z.detach().double().requires_grad_()
+    ref = reference.band_energy(exact, bands)
+    (ref_grad,) = torch.autograd.grad(ref.sum(), exact)
+    assert tolerances.error(energy, ref) <= tolerances.ENERGY_F32
+    assert tolerances.error(grad, ref_grad) <= tolerances.ENERGY_F32
+
+
 def test_fecl_all_zero_and_equal(device: torch.device) -> None:
     zero = torch.zeros(2, 4, 8, 8, device=device)
     fera = zero.clone().requires_grad_()

@@ -1,7 +1,8 @@
 """`make gpu-check`: builds on a GPU machine, then CTest, pytest, compute-sanitizer and a short benchmark.
 
 Needs a GPU, a CUDA torch, nvcc, cmake and ninja; no network. FERA_CORE names a core built elsewhere (then CTest is
-skipped unless it carries test programs in bin/). FERA_CHECK_SKIP is a comma-separated list of steps to leave out.
+skipped unless it carries test programs in bin/). Test programs and memcheck run as the dispatcher chooses and with
+FERA_BAND_VARIANT=grid. FERA_CHECK_SKIP is a comma-separated list of steps to leave out.
 Ends with one table; exit status 1 when a step failed.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LOGS = Path(os.environ.get("OUT", ROOT / "build" / "gpu_check"))
+VARIABLE = "FERA_BAND_VARIANT"
 SKIP = set(filter(None, os.environ.get("FERA_CHECK_SKIP", "").split(",")))
 
 
@@ -45,6 +47,11 @@ def programs() -> list[Path]:
     return sorted(p for p in folder.glob("test_*") if p.is_file() and os.access(p, os.X_OK))
 
 
+def band_programs() -> list[Path]:
+    """Those that run the band kernels, which have two variants."""
+    return [p for p in programs() if p.name != "test_expert_update"]
+
+
 def build() -> tuple[bool, str]:
     import torch
 
@@ -62,10 +69,16 @@ def info() -> tuple[bool, str]:
 
 
 def ctest() -> tuple[bool, str]:
-    results = [shell(p.name, [str(p)], {"FERA_TEST_DEVICE": "cuda"}) for p in programs()]
-    if not results:
+    """Every program as the dispatcher chooses, and those on band kernels again with the grid variant alone."""
+    notes, passed = [], True
+    for variant, found in (("", programs()), ("grid", band_programs())):
+        env = {"FERA_TEST_DEVICE": "cuda", VARIABLE: variant}
+        results = [shell("-".join(filter(None, (p.name, variant))), [str(p)], env)[0] for p in found]
+        notes.append(f"{sum(results)} of {len(results)} " + ("with grid" if variant else "programs"))
+        passed = passed and all(results)
+    if not programs():
         return True, "skipped: the core brings no test programs"
-    return all(ok for ok, _ in results), f"{sum(ok for ok, _ in results)} of {len(results)} programs pass"
+    return passed, ", ".join(notes)
 
 
 def pytest() -> tuple[bool, str]:
@@ -76,18 +89,22 @@ def pytest() -> tuple[bool, str]:
     return ok, last("passed|failed|error", text)
 
 
-def sanitizer(tool: str) -> tuple[bool, str]:
-    env = {"FERA_TEST_DEVICE": "cuda", "FERA_TEST_UNPOISONED": "1"}
-    errors, ran = [], 0
-    for program in programs():
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(program)]
-        ok, text = shell(f"{tool}-{program.name}", command, env)
-        ran += 1
-        if not ok:
-            errors.append(f"{program.name}: {last('ERROR SUMMARY|RACECHECK SUMMARY', text)}")
-    if ran == 0:
+def sanitizer(tool: str, *variants: str) -> tuple[bool, str]:
+    """Every program under a tool of compute-sanitizer; with ``variants``, those on band kernels again with each."""
+    errors, notes = [], []
+    for variant, found in (("", programs()), *((v, band_programs()) for v in variants)):
+        # Unpoisoned also makes the programs leave out their larger sizes.
+        env = {"FERA_TEST_DEVICE": "cuda", "FERA_TEST_UNPOISONED": "1", VARIABLE: variant}
+        for program in found:
+            name = "-".join(filter(None, (program.name, variant)))
+            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(program)]
+            ok, text = shell(f"{tool}-{name}", command, env)
+            if not ok:
+                errors.append(f"{name}: {last('ERROR SUMMARY|RACECHECK SUMMARY', text)}")
+        notes.append(f"{len(found)} with {variant}" if variant else f"{len(found)} programs")
+    if not programs():
         return True, "skipped: the core brings no test programs"
-    return not errors, f"{ran} programs, 0 errors" if not errors else "; ".join(errors)
+    return not errors, f"{', '.join(notes)}, 0 errors" if not errors else "; ".join(errors)
 
 
 def benchmark() -> tuple[bool, str]:
@@ -101,7 +118,7 @@ STEPS = {
     "info": info,
     "ctest": ctest,
     "pytest": pytest,
-    "memcheck": lambda: sanitizer("memcheck"),
+    "memcheck": lambda: sanitizer("memcheck", "grid"),
     "racecheck": lambda: sanitizer("racecheck"),
     "initcheck": lambda: sanitizer("initcheck"),
     "benchmark": benchmark,

@@ -62,7 +62,7 @@ extern "C" fera_status fera_band_energy_backward_cpu(const fera_band_energy_back
   using namespace fera;
   FERA_RETURN_IF_ERROR(check(*args));
   FERA_RETURN_IF_ERROR(check_workspace("band_energy_backward", context, band_energy_backward_workspace_cpu(*args)));
-  const cpu::Coefficients from{nullptr, nullptr, args->grad, args->indicator, args->total, args->eps};
+  const cpu::Coefficients from{nullptr, args->grad, args->indicator, args->total, args->eps, nullptr};
   cpu::run_adjoint(cpu::source_of(args->z), args->filters, from, args->dz, context);
   return FERA_OK;
 }

@@ -1,176 +1,102 @@
-#include "band_energy/energies.cuh"
-#include "band_energy/separable.cuh"
-#include "band_energy/spectral.cuh"
+// Which variant of the band kernels runs: cluster.cuh where it has a kernel for the device, size, dtype and layout,
+// else grid.cuh. FERA_BAND_VARIANT=cluster or grid asks for one; empty or auto leaves the choice here.
+#include <cstdlib>
+#include <cstring>
+
+#include "band_energy/band_energy.h"
+#include "band_energy/cluster.h"
+#include "band_energy/grid.cuh"
 
 namespace fera::cuda {
 namespace {
 
-Separable separable_of(const fera_filters& f) {
-  Separable s{f.table, f.right, f.mix, f.bands, f.blurs, {}};
-  for (int j = 0; j < f.blurs; ++j) s.reach[j] = f.reach[j];
-  return s;
+const char* wished() {
+  const char* value = std::getenv("FERA_BAND_VARIANT");
+  return value == nullptr || *value == 0 ? "auto" : value;
 }
 
-// Grid axes y and z hold at most 65535 blocks.
-fera_status check_grid(const char* op, const Source& s) {
-  FERA_CHECK(op, s.p <= 65535, "planes", "at most 65535 a sample", s.p);
-  FERA_CHECK(op, s.virtual_samples() <= 65535, "samples", "at most 65535 (half as many for fecl_loss)", s.n);
+bool use_cluster(const Source& source, const fera_filters& filters, ClusterTask task) {
+  return std::strcmp(wished(), "grid") != 0 && cluster_takes(source, filters, task);
+}
+
+bool known() {
+  const char* wish = wished();
+  return std::strcmp(wish, "auto") == 0 || std::strcmp(wish, "grid") == 0 || std::strcmp(wish, "cluster") == 0;
+}
+
+// Whether a wish for clusters goes unheard; a latent without elements has nothing to compute in any variant.
+bool denied(const Source& source, bool cluster) {
+  return !cluster && std::strcmp(wished(), "cluster") == 0 && source.n * source.p != 0;
+}
+
+// A wish that cannot be granted is an error, never another kernel.
+fera_status check_wish(const char* op, const Source& source, bool cluster) {
+  FERA_CHECK(op, known(), "FERA_BAND_VARIANT", "auto, cluster or grid", wished());
+  FERA_CHECK(op, !denied(source, cluster), "FERA_BAND_VARIANT", "auto or grid for this device, size, dtype and layout",
+             wished());
   return FERA_OK;
-}
-
-template <class Real>
-struct SpectralLayout {
-  Complex<Real>* spectrum;
-  double* partial;
-  int row_lanes, column_lanes, column_tiles;
-  size_t bytes;
-
-  SpectralLayout(const Source& s, const fera_filters& f, void* base, bool gradient) {
-    Workspace workspace(base);
-    row_lanes = lanes_for<Real>(s.w, 2);
-    column_lanes = lanes_for<Real>(s.h, gradient ? 3 : 2);
-    column_tiles = ceil_div(s.w, column_lanes);
-    const int64_t planes = s.virtual_samples() * s.pairs();
-    spectrum = workspace.take<Complex<Real>>(planes * s.h * s.w);
-    partial = workspace.take<double>(gradient ? 0 : planes * column_tiles * (f.bands + 1));
-    bytes = workspace.used();
-  }
-};
-
-template <class Real>
-struct SeparableLayout {
-  Real *rows, *adjoint;
-  double* partial;
-  int tiles;
-  size_t bytes;
-
-  SeparableLayout(const Source& s, const fera_filters& f, void* base, bool gradient) {
-    Workspace workspace(base);
-    tiles = ceil_div(s.h * s.w, kTile);
-    const int64_t planes = s.virtual_samples() * s.p, pixels = static_cast<int64_t>(s.h) * s.w;
-    rows = workspace.take<Real>(planes * f.blurs * pixels);
-    adjoint = workspace.take<Real>(gradient ? s.n * s.p * f.blurs * pixels : 0);
-    partial = workspace.take<double>(gradient ? 0 : planes * tiles * (f.bands + 1));
-    bytes = workspace.used();
-  }
-};
-
-size_t layout_bytes(const Source& s, const fera_filters& f, bool gradient) {
-  size_t bytes = 0;
-  dispatch_compute(compute_dtype(s.dtype), [&](auto tag) {
-    using Real = typename decltype(tag)::type;
-    bytes = f.blurs ? SeparableLayout<Real>(s, f, nullptr, gradient).bytes
-                    : SpectralLayout<Real>(s, f, nullptr, gradient).bytes;
-    return FERA_OK;
-  });
-  return bytes;
-}
-
-template <class Real>
-void launch_rows(const Source& s, const SpectralLayout<Real>& l, cudaStream_t stream) {
-  const dim3 grid(ceil_div(s.h, l.row_lanes), s.pairs(), static_cast<unsigned>(s.virtual_samples()));
-  const size_t bytes = spectral_shared_bytes<Real>(s.w, l.row_lanes, 2);
-  dispatch(s.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if constexpr (std::is_same_v<Compute<T>, Real>)
-      spectral_rows<T><<<grid, kThreads, bytes, stream>>>(s, make_fft_plan(s.w), l.row_lanes, l.spectrum);
-    return FERA_OK;
-  });
-}
-
-template <class Real>
-void spectral_energies(const Source& s, const fera_filters& f, const fera_context* context, Partials* partials) {
-  const cudaStream_t stream = stream_of(context);
-  const SpectralLayout<Real> l(s, f, context->workspace, false);
-  launch_rows<Real>(s, l, stream);
-  const dim3 grid(l.column_tiles, s.pairs(), static_cast<unsigned>(s.virtual_samples()));
-  spectral_energy<Real><<<grid, kThreads, spectral_shared_bytes<Real>(s.h, l.column_lanes, 2), stream>>>(
-      s.h, s.w, make_fft_plan(s.h), l.column_lanes, l.spectrum, static_cast<const Real*>(f.table), f.bands, l.partial);
-  *partials = {l.partial, s.pairs() * l.column_tiles, 1.0 / (static_cast<double>(s.h) * s.w)};
-}
-
-template <class Real>
-void spectral_adjoint(const Source& s, const fera_filters& f, const Coefficients& from, const View& dz,
-                      const fera_context* context) {
-  const cudaStream_t stream = stream_of(context);
-  const SpectralLayout<Real> l(s, f, context->workspace, true);
-  launch_rows<Real>(s, l, stream);
-  const dim3 columns(l.column_tiles, s.pairs(), static_cast<unsigned>(s.n));
-  spectral_filter<Real><<<columns, kThreads, spectral_shared_bytes<Real>(s.h, l.column_lanes, 3), stream>>>(
-      s.h, s.w, make_fft_plan(s.h), l.column_lanes, l.spectrum, static_cast<const Real*>(f.table), f.bands, s.signals,
-      from);
-  const dim3 rows(ceil_div(s.h, l.row_lanes), s.pairs(), static_cast<unsigned>(s.n));
-  const size_t bytes = spectral_shared_bytes<Real>(s.w, l.row_lanes, 2);
-  dispatch(s.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if constexpr (std::is_same_v<Compute<T>, Real>)
-      spectral_rows_back<T>
-          <<<rows, kThreads, bytes, stream>>>(s, make_fft_plan(s.w), l.row_lanes, l.spectrum, f.bands, from, dz);
-    return FERA_OK;
-  });
-}
-
-template <class T>
-void separable_energies(const Source& s, const fera_filters& f, const fera_context* context, Partials* partials) {
-  const cudaStream_t stream = stream_of(context);
-  const SeparableLayout<Compute<T>> l(s, f, context->workspace, false);
-  const dim3 grid(l.tiles, s.p, static_cast<unsigned>(s.virtual_samples()));
-  separable_rows<T><<<grid, kTile, 0, stream>>>(s, separable_of(f), l.rows);
-  separable_energy<T><<<grid, kTile, 0, stream>>>(s, separable_of(f), l.rows, l.partial);
-  *partials = {l.partial, s.p * l.tiles, 1.0};
-}
-
-template <class T>
-void separable_adjoint(const Source& s, const fera_filters& f, const Coefficients& from, const View& dz,
-                       const fera_context* context) {
-  using Real = Compute<T>;
-  const cudaStream_t stream = stream_of(context);
-  const SeparableLayout<Real> l(s, f, context->workspace, true);
-  const Separable filters = separable_of(f);
-  const dim3 all(l.tiles, s.p, static_cast<unsigned>(s.virtual_samples()));
-  const dim3 grid(l.tiles, s.p, static_cast<unsigned>(s.n));
-  separable_rows<T><<<all, kTile, 0, stream>>>(s, filters, l.rows);
-  separable_bands<Real><<<grid, kTile, 0, stream>>>(s, filters, l.rows, from, l.adjoint);
-  separable_columns_back<Real><<<grid, kTile, 0, stream>>>(s, filters, l.adjoint, l.rows);
-  separable_rows_back<T><<<grid, kTile, 0, stream>>>(s, filters, l.rows, from, dz);
 }
 
 }  // namespace
 
-size_t energies_workspace(const Source& s, const fera_filters& f) { return layout_bytes(s, f, false); }
-size_t adjoint_workspace(const Source& s, const fera_filters& f) { return layout_bytes(s, f, true); }
-
-fera_status launch_energies(const char* op, const Source& s, const fera_filters& f, const fera_context* context,
-                            Partials* partials) {
-  FERA_RETURN_IF_ERROR(check_grid(op, s));
-  if (s.p == 0) {
-    *partials = {nullptr, 0, 1.0};
-    return FERA_OK;
-  }
-  FERA_RETURN_IF_ERROR(dispatch(s.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if (f.blurs)
-      separable_energies<T>(s, f, context, partials);
-    else
-      spectral_energies<Compute<T>>(s, f, context, partials);
-    return FERA_OK;
-  }));
-  return launch_status(op);
+const char* band_variant(const Source& source, const fera_filters& filters) {
+  const bool cluster = use_cluster(source, filters, ClusterTask::energies);
+  if (!known() || denied(source, cluster)) return "";
+  return cluster ? "cluster" : "grid";
 }
 
-fera_status launch_adjoint(const char* op, const Source& s, const fera_filters& f, const Coefficients& from,
-                           const View& dz, const fera_context* context) {
-  FERA_RETURN_IF_ERROR(check_grid(op, s));
-  if (s.p == 0) return FERA_OK;
-  FERA_RETURN_IF_ERROR(dispatch(s.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if (f.blurs)
-      separable_adjoint<T>(s, f, from, dz, context);
-    else
-      spectral_adjoint<Compute<T>>(s, f, from, dz, context);
-    return FERA_OK;
-  }));
-  return launch_status(op);
+size_t energies_workspace(const Source& source, const fera_filters& filters) {
+  return use_cluster(source, filters, ClusterTask::energies) ? cluster_workspace(source, filters)
+                                                             : grid_energies_workspace(source, filters);
+}
+size_t adjoint_workspace(const Source& source, const fera_filters& filters) {
+  return use_cluster(source, filters, ClusterTask::adjoint) ? 0 : grid_adjoint_workspace(source, filters);
+}
+size_t fecl_workspace(const Source& source, const fera_filters& filters) {
+  return use_cluster(source, filters, ClusterTask::fecl) ? cluster_workspace(source, filters) : 0;
+}
+
+fera_status launch_energies(const char* op, const Source& source, const fera_filters& filters,
+                            const Finish<float>& finish, float* loss, const fera_context* context) {
+  const bool cluster = use_cluster(source, filters, ClusterTask::energies);
+  FERA_RETURN_IF_ERROR(check_wish(op, source, cluster));
+  // Again, because the wish may have changed since the caller asked how much it must bring.
+  FERA_RETURN_IF_ERROR(check_workspace(
+      op, context, cluster ? cluster_workspace(source, filters) : grid_energies_workspace(source, filters)));
+  return cluster ? cluster_energies_launch(op, source, filters, finish, loss, context)
+                 : grid_energies(op, source, filters, finish, loss, context);
+}
+fera_status launch_energies(const char* op, const Source& source, const fera_filters& filters,
+                            const Finish<double>& finish, double* loss, const fera_context* context) {
+  FERA_RETURN_IF_ERROR(check_wish(op, source, false));
+  FERA_RETURN_IF_ERROR(check_workspace(op, context, grid_energies_workspace(source, filters)));
+  return grid_energies(op, source, filters, finish, loss, context);
+}
+
+fera_status launch_adjoint(const char* op, const Source& source, const fera_filters& filters, const Coefficients& from,
+                           const View& dz, fera_dtype dz_dtype, const fera_context* context) {
+  const bool cluster = use_cluster(source, filters, ClusterTask::adjoint);
+  FERA_RETURN_IF_ERROR(check_wish(op, source, cluster));
+  FERA_RETURN_IF_ERROR(check_workspace(op, context, cluster ? 0 : grid_adjoint_workspace(source, filters)));
+  return cluster ? cluster_adjoint_launch(op, source, filters, from, {dz, dz_dtype != source.dtype}, nullptr, nullptr,
+                                          context)
+                 : grid_adjoint(op, source, filters, from, dz, dz_dtype, context);
+}
+
+fera_status launch_fecl(const char* op, const Source& source, const fera_filters& filters, const Finish<float>& finish,
+                        float* loss, float* gradient, double* factor, const fera_context* context, bool* done) {
+  const bool one = use_cluster(source, filters, ClusterTask::fecl);
+  *done = one ||
+          (use_cluster(source, filters, ClusterTask::energies) && use_cluster(source, filters, ClusterTask::adjoint));
+  if (!*done) return FERA_OK;
+  FERA_RETURN_IF_ERROR(check_wish(op, source, true));
+  FERA_RETURN_IF_ERROR(check_workspace(op, context, cluster_workspace(source, filters)));
+  if (one) return cluster_fecl_launch(op, source, filters, finish.eps, loss, gradient, factor, context);
+  FERA_RETURN_IF_ERROR(cluster_energies_launch(op, source, filters, finish, nullptr, context));
+  const int64_t plane = static_cast<int64_t>(source.h) * source.w;
+  const Coefficients from{finish.coefficients, nullptr, nullptr, nullptr, 0, factor};
+  return cluster_adjoint_launch(op, source, filters, from, {{gradient, source.p * plane, plane, source.w, 1}, true},
+                                finish.losses, loss, context);
 }
 
 }  // namespace fera::cuda

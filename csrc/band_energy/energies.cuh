@@ -1,6 +1,8 @@
-// The two halves every operator on bands shares: partial energies of a source, and the filters' adjoint.
+// The two halves every operator on bands shares: energies of a source with what becomes of them, and the filters'
+// adjoint. energies.cu chooses the variant that runs.
 #pragma once
 
+#include "band_energy/finish.cuh"
 #include "band_energy/source.cuh"
 
 namespace fera::cuda {
@@ -9,44 +11,85 @@ namespace fera::cuda {
 // scale * sum_i data[(v * count + i) * (K + 1) + k]; entry K is the whole norm squared.
 struct Partials {
   double* data;
-  int count;
+  int64_t count;
   double scale;
 };
 
-// Adds up one virtual sample's partials in a fixed order; each warp of the block takes bands in turn.
-// `sums` is shared, (K + 1); the block is synchronised on return.
-__device__ inline void add_partials(const Partials& partials, int64_t v, int bands, double* sums) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  const double* from = partials.data + v * partials.count * (bands + 1);
-  for (int k = warp; k <= bands; k += warps) {
+// Adds up sample n's partials of every signal in a fixed order; each warp of the block takes entries in turn. `sums`
+// is shared, (signals, K+1); the block is synchronised on return.
+__device__ inline void add_partials(const Partials& partials, int64_t n, int64_t samples, int signals, int bands,
+                                    double* sums) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, entries = bands + 1;
+  for (int e = warp; e < signals * entries; e += warps) {
+    const int s = e / entries, k = e - s * entries;
+    const double* from = partials.data + (s * samples + n) * partials.count * entries + k;
     double sum = 0;
-    for (int i = lane; i < partials.count; i += 32) sum += from[static_cast<int64_t>(i) * (bands + 1) + k];
+    for (int64_t i = lane; i < partials.count; i += 32) sum += from[i * entries];
     for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (lane == 0) sums[k] = sum * partials.scale;
+    if (lane == 0) sums[e] = sum * partials.scale;
+  }
+  __syncthreads();
+}
+
+// The power of two by which a block's values are divided before they are squared, so that no square leaves Real's
+// range: of the largest magnitude, but never below the smallest whose inverse is finite.
+template <class Real>
+__device__ inline int block_exponent(Real largest) {
+  __shared__ Real scratch[32];
+  largest = block_max(largest, scratch);
+  if (!(largest > 0) || !isfinite(largest)) return 0;
+  return max(ilogb(largest), sizeof(Real) == 4 ? -126 : -1022);
+}
+
+// Bands summed in one walk over a tile's values.
+constexpr int kSums = 4;
+
+// Adds up entries k0 ... k0 + 3 of K + 1 over the block, in float64 beyond a thread; `to` (K+1) is the tile's row of
+// partials. Values were divided by 2^exponent before they were squared. Ends with a barrier.
+template <class Real>
+__device__ inline void write_partials(const Real (&sum)[kSums], int k0, int bands, int exponent, double* to) {
+  __shared__ double scratch[kSums][32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  // Four sums over 32 lanes: two halves of a warp take two each, their halves one each. Six additions, where float64
+  // is slow, not twenty.
+  const bool high = lane & 16, odd = lane & 8;
+  const double given0 = high ? sum[0] : sum[2], given1 = high ? sum[1] : sum[3];
+  const double two0 = (high ? sum[2] : sum[0]) + __shfl_xor_sync(0xffffffffu, given0, 16);
+  const double two1 = (high ? sum[3] : sum[1]) + __shfl_xor_sync(0xffffffffu, given1, 16);
+  const double given = odd ? two0 : two1;
+  double one = (odd ? two1 : two0) + __shfl_xor_sync(0xffffffffu, given, 8);
+  for (int offset = 4; offset > 0; offset /= 2) one += __shfl_xor_sync(0xffffffffu, one, offset);
+  if (lane % 8 == 0) scratch[lane / 8][warp] = one;
+  __syncthreads();
+  const int i = threadIdx.x;
+  if (i < kSums && k0 + i <= bands) {
+    double total = 0;
+    for (int j = 0; j < warps; ++j) total += scratch[i][j];
+    to[k0 + i] = ldexp(total, 2 * exponent);
   }
   __syncthreads();
 }
 
 size_t energies_workspace(const Source& source, const fera_filters& filters);
+// loss: FECL's mean over the samples, where finish has losses; else NULL.
 fera_status launch_energies(const char* op, const Source& source, const fera_filters& filters,
-                            const fera_context* context, Partials* partials);
+                            const Finish<float>& finish, float* loss, const fera_context* context);
+fera_status launch_energies(const char* op, const Source& source, const fera_filters& filters,
+                            const Finish<double>& finish, double* loss, const fera_context* context);
 
 size_t adjoint_workspace(const Source& source, const fera_filters& filters);
+// dz is of the source's dtype or, wide, of its compute dtype.
 fera_status launch_adjoint(const char* op, const Source& source, const fera_filters& filters, const Coefficients& from,
-                           const View& dz, const fera_context* context);
+                           const View& dz, fera_dtype dz_dtype, const fera_context* context);
 
-// Writes energy, indicator and total of sample n from its summed energies; thread 0 alone calls it.
-template <class Real>
-__device__ inline void write_indicator(const double* sums, int bands, double eps, int64_t n, Real* energy,
-                                       Real* indicator, double* total) {
-  double sum = eps;
-  for (int k = 0; k < bands; ++k) sum += sums[k];
-  for (int k = 0; k < bands; ++k) {
-    if (energy != nullptr) energy[n * bands + k] = static_cast<Real>(sums[k]);
-    // 0/0 only when eps is 0 and the latent is 0: no energy, no share.
-    if (indicator != nullptr) indicator[n * bands + k] = static_cast<Real>(sum == 0 ? 0 : sums[k] / sum);
-  }
-  if (total != nullptr) total[n] = sum;
-}
+size_t fecl_workspace(const Source& source, const fera_filters& filters);
+// FECL's loss, the mean of finish.losses, and gradient (N, P, H, W) contiguous, divided by factor[n], in two launches;
+// `done` says whether a variant does that. If not, nothing was launched: energies and adjoint do it.
+fera_status launch_fecl(const char* op, const Source& source, const fera_filters& filters, const Finish<float>& finish,
+                        float* loss, float* gradient, double* factor, const fera_context* context, bool* done);
+
+// The variant that energies of such a latent take now: "cluster" or "grid"; "" where FERA_BAND_VARIANT asks for what
+// there is not.
+const char* band_variant(const Source& source, const fera_filters& filters);
 
 }  // namespace fera::cuda

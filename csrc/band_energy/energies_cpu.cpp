@@ -226,8 +226,7 @@ size_t energies_driver(const Source& source, const fera_filters& filters, const 
 template <class T>
 void read_coefficients(const Coefficients& from, int64_t n, int bands, int count, double* c) {
   if (from.table != nullptr) {
-    const double upstream = static_cast<double>(*static_cast<const T*>(from.grad_loss));
-    for (int i = 0; i < count; ++i) c[i] = from.table[n * count + i] * upstream;
+    for (int i = 0; i < count; ++i) c[i] = from.table[n * count + i];
     return;
   }
   const T* grad = static_cast<const T*>(from.grad) + n * bands;
@@ -244,6 +243,14 @@ void read_coefficients(const Coefficients& from, int64_t n, int bands, int count
   c[bands] = 0;
 }
 
+// The power of two above every coefficient.
+double power_above(const double* c, int count) {
+  double largest = 0;
+  for (int i = 0; i < count; ++i)
+    if (std::isfinite(c[i])) largest = std::max(largest, std::fabs(c[i]));
+  return largest > 0 ? std::ldexp(1.0, std::ilogb(largest) + 1) : 1.0;
+}
+
 template <class T>
 size_t adjoint_driver(const Source& source, const fera_filters& filters, const Coefficients* from,
                       const fera_latent* dz, const fera_context* context) {
@@ -257,8 +264,12 @@ size_t adjoint_driver(const Source& source, const fera_filters& filters, const C
   double* coefficients = carver.take<double>(samples * count);
   char* scratch = carver.take<char>(slots * static_cast<int64_t>(bytes));
   if (context == nullptr) return carver.used;
-  for (int64_t n = 0; n < samples; ++n) read_coefficients<T>(*from, n, filters.bands, count, coefficients + n * count);
+  for (int64_t n = 0; n < samples; ++n) {
+    read_coefficients<T>(*from, n, filters.bands, count, coefficients + n * count);
+    if (from->factor != nullptr) from->factor[n] = power_above(coefficients + n * count, count);
+  }
   job.coefficients = coefficients;
+  job.factor = from->factor;
   job.dz = *dz;
   for_units(context, units, slots, grain_for(source, units, slots),
             [&](int64_t unit, int64_t slot) { kernels.adjoint(job, unit, scratch + slot * bytes); });

@@ -47,9 +47,10 @@ struct Job {
   int reach_h[FERA_MAX_BANDS], reach_w[FERA_MAX_BANDS];
   const T* right_diagonals[FERA_MAX_BANDS];
   const T* right_adjoint[FERA_MAX_BANDS];
-  // Adjoint: dz = 2^exponent[n] sum_s (sum_k c[n][s][k] H_k^T H_k s + c[n][s][K] s), |c| <= 1 before scaling.
+  // Adjoint: dz = sum_s (sum_k c[n][s][k] H_k^T H_k s + c[n][s][K] s) / factor[n]
   const double* coefficients;  // (N, signals, K + 1)
-  fera_latent dz;
+  const double* factor;        // (N), or NULL: 1
+  fera_latent dz;              // of the source's dtype or, with factor, of the compute dtype
 };
 
 // Energies of one unit (a packed pair of planes of one signal; separable: one plane), divided by 4^exponent:
@@ -63,12 +64,12 @@ struct Kernels {
 
 // Where the adjoint's coefficients come from: see fera.h.
 struct Coefficients {
-  const double* table;    // FECL: (N, 2, K+1); scaled by *grad_loss
-  const void* grad_loss;  // FECL: scalar, compute dtype
+  const double* table;    // FECL: (N, 2, K+1)
   const void* grad;       // band energies: (N, K), compute dtype
   const void* indicator;  // with grad: (N, K), or NULL
   const double* total;    // with grad: (N), or NULL
   double eps;             // with indicator
+  double* factor;         // (N) or NULL: takes the coefficients' power of two, by which dz's values stay divided
 };
 
 size_t energies_workspace(const Source& source, const fera_filters& filters);

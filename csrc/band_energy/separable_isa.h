@@ -249,7 +249,7 @@ void separable_adjoint(const Job<T>& job, int64_t unit, void* scratch) {
     }
     std::memcpy(to, s.blurred, sizeof(T) * rows * job.padded_w);
   }
-  unstage<T>(job, n, p, s.out, std::ldexp(1.0, common));
+  unstage<T>(job, n, p, s.out, output_factor(job, n, common));
 }
 
 }  // namespace fera::cpu::FERA_ISA

@@ -252,7 +252,7 @@ void spectral_adjoint(const Job<T>& job, int64_t unit, void* scratch) {
     if (done != home) std::memcpy(static_cast<void*>(home), done, sizeof(Complex<T>) * job.h);
   }
   rows_inverse(job, s, planes, s.strips[0]);
-  for (int i = 0; i < planes; ++i) unstage<T>(job, n, 2 * pair + i, s.staged[i], std::ldexp(1.0, common));
+  for (int i = 0; i < planes; ++i) unstage<T>(job, n, 2 * pair + i, s.staged[i], output_factor(job, n, common));
 }
 
 }  // namespace fera::cpu::FERA_ISA

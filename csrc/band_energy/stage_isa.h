@@ -115,6 +115,12 @@ __attribute__((noinline)) void write_plane(const fera_latent& dz, int64_t n, int
   }
 }
 
+// What sample n's values are multiplied by on the way out; they stand divided by 2^common.
+template <class T>
+double output_factor(const Job<T>& job, int64_t n, int common) {
+  return std::ldexp(job.factor == nullptr ? 1.0 : 1.0 / job.factor[n], common);
+}
+
 template <class T>
 void unstage(const Job<T>& job, int64_t n, int64_t p, const T* from, double factor) {
   if constexpr (sizeof(T) == 8) {

@@ -140,17 +140,15 @@ fera_status check(const fera_fecl_loss_args& a) {
   FERA_RETURN_IF_ERROR(check_filters(op, a.filters));
   FERA_CHECK(op, a.eps >= 0 && std::isfinite(a.eps), "eps", "finite and not negative", a.eps);
   FERA_CHECK(op, a.loss != nullptr, "loss", "a pointer", "NULL");
+  FERA_CHECK(op, !a.gradient == !a.factor || a.fera.n * a.fera.p == 0, "gradient and factor", "given together", "one");
   return FERA_OK;
 }
 
 fera_status check(const fera_fecl_loss_backward_args& a) {
   const char* op = "fecl_loss_backward";
-  FERA_RETURN_IF_ERROR(check_latent(op, "fera", a.fera));
-  FERA_RETURN_IF_ERROR(check_same_latent(op, "base", a.base, a.fera));
-  FERA_RETURN_IF_ERROR(check_same_latent(op, "target", a.target, a.fera));
-  FERA_RETURN_IF_ERROR(check_same_latent(op, "dfera", a.dfera, a.fera));
-  FERA_RETURN_IF_ERROR(check_filters(op, a.filters));
-  FERA_CHECK(op, a.grad && (a.coefficients || a.fera.n == 0), "grad and coefficients", "pointers", "NULL");
+  FERA_RETURN_IF_ERROR(check_latent(op, "dfera", a.dfera));
+  FERA_CHECK(op, (a.gradient && a.factor && a.grad) || a.dfera.n * a.dfera.p == 0, "gradient, factor and grad",
+             "pointers", "NULL");
   return FERA_OK;
 }
 

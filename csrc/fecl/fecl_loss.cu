@@ -1,42 +1,114 @@
-// fecl_loss on CUDA: the energies of d = fera - base and r = fera - target, then the loss and what backward
-// needs; backward is the filters' adjoint of both, summed before the inverse transform.
+// fecl_loss on CUDA: the energies of d = fera - base and r = fera - target with the loss and, where the gradient is
+// asked for, the filters' adjoint of both, summed before the inverse transform: two launches at most. Backward only
+// scales.
+#include <algorithm>
+
 #include "band_energy/energies.cuh"
 #include "fecl/fecl.h"
-#include "fecl/fecl_sample.h"
 
 namespace fera {
 namespace cuda {
 namespace {
 
-constexpr int kSums = FERA_MAX_BANDS + 1;
+// The coefficients outlive the energies' scratch, whose place the adjoint takes.
+struct Layout {
+  double *losses, *coefficients;  // (N) (N, 2, K+1), the latter with gradient
+  char* scratch;
+  size_t scratch_bytes, bytes;
+};
 
-// One block walks the samples in order: warps add up a sample's partials, thread 0 its loss.
-template <class Real>
-__global__ void __launch_bounds__(256)
-    fecl_loss_finish(Partials partials, int64_t n, int bands, double eps, Real* loss, double* coefficients) {
-  __shared__ double sums[2][kSums];
-  double total = 0;
-  for (int64_t row = 0; row < n; ++row) {
-    add_partials(partials, row, bands, sums[0]);
-    add_partials(partials, n + row, bands, sums[1]);
-    if (threadIdx.x == 0)
-      total += fecl_sample(sums[0], sums[1], bands, eps, 1.0 / static_cast<double>(n),
-                           coefficients == nullptr ? nullptr : coefficients + row * 2 * (bands + 1));
-    __syncthreads();
+Layout lay_out(const fera_fecl_loss_args& a, void* base) {
+  const Source source = source_of(a.base, a.fera, a.target);
+  Workspace workspace(base);
+  Layout layout{};
+  const int64_t samples = std::max<int64_t>(a.fera.n, 0), bands = std::max(a.filters.bands, 0);
+  layout.scratch_bytes = energies_workspace(source, a.filters);
+  layout.losses = workspace.take<double>(samples);
+  if (a.gradient != nullptr) {
+    layout.scratch_bytes = std::max(layout.scratch_bytes, adjoint_workspace(source, a.filters));
+    layout.scratch_bytes = std::max(layout.scratch_bytes, fecl_workspace(source, a.filters));
+    layout.coefficients = workspace.take<double>(samples * 2 * (bands + 1));
   }
-  if (threadIdx.x == 0) *loss = static_cast<Real>(total / static_cast<double>(n));
+  layout.scratch = workspace.take<char>(static_cast<int64_t>(layout.scratch_bytes));
+  layout.bytes = workspace.used();
+  return layout;
+}
+
+constexpr int kScaleThreads = 256;
+
+// Elements of a load or store of 16 bytes, of the wider of both types.
+template <class T>
+constexpr int kVector = 16 / sizeof(Compute<T>);
+
+template <class T>
+struct alignas(kVector<T> * sizeof(T)) Narrow {
+  T at[kVector<T>];
+};
+template <class T>
+struct alignas(16) Wide {
+  Compute<T> at[kVector<T>];
+};
+
+// dfera = gradient * (factor[n] * grad); x: elements of a sample, y: samples. Dense: dfera is contiguous, and a
+// sample's elements and dfera's start divide into vectors.
+template <class T, bool Dense>
+__global__ void __launch_bounds__(kScaleThreads)
+    fecl_scale(const Compute<T>* gradient, const double* factor, const Compute<T>* grad, View dfera, int64_t samples,
+               int64_t planes, int h, int w) {
+  using Real = Compute<T>;
+  constexpr int V = Dense ? kVector<T> : 1;
+  const int64_t count = planes * h * w, at = (static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x) * V;
+  if (at >= count) return;
+  const double upstream = static_cast<double>(*grad);
+  for (int64_t n = blockIdx.y; n < samples; n += gridDim.y) {
+    const double scale = factor[n] * upstream;
+    if constexpr (Dense) {
+      const Wide<T> in = *reinterpret_cast<const Wide<T>*>(gradient + n * count + at);
+      Narrow<T> out;
+#pragma unroll
+      for (int i = 0; i < V; ++i) out.at[i] = narrow<T>(static_cast<Real>(in.at[i] * scale));
+      *reinterpret_cast<Narrow<T>*>(static_cast<T*>(dfera.data) + n * count + at) = out;
+    } else {
+      const int64_t row = at / w, plane = row / h;
+      const int x = static_cast<int>(at - row * w), y = static_cast<int>(row - plane * h);
+      static_cast<T*>(dfera.data)[dfera.offset(n, plane, y, x)] =
+          narrow<T>(static_cast<Real>(gradient[n * count + at] * scale));
+    }
+  }
+}
+
+bool contiguous(const fera_latent& z) {
+  return (z.stride_w == 1 || z.w == 1) && (z.stride_h == z.w || z.h == 1) && (z.stride_p == z.h * z.w || z.p == 1) &&
+         (z.stride_n == z.p * z.h * z.w || z.n == 1);
+}
+
+template <class T>
+fera_status launch_scale(const fera_fecl_loss_backward_args& a, cudaStream_t stream) {
+  using Real = Compute<T>;
+  const fera_latent& z = a.dfera;
+  const int64_t count = z.p * z.h * z.w;
+  const auto aligned = [](const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  const bool dense = contiguous(z) && count % kVector<T> == 0 && aligned(z.data, sizeof(Narrow<T>)) &&
+                     aligned(a.gradient, sizeof(Wide<T>));
+  const int64_t threads = dense ? count / kVector<T> : count;
+  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(threads, kScaleThreads)),
+                  static_cast<unsigned>(std::min<int64_t>(z.n, 4096)));
+  const Real *gradient = static_cast<const Real*>(a.gradient), *grad = static_cast<const Real*>(a.grad);
+  if (dense)
+    fecl_scale<T, true><<<grid, kScaleThreads, 0, stream>>>(gradient, a.factor, grad, view_of(z), z.n, z.p,
+                                                            static_cast<int>(z.h), static_cast<int>(z.w));
+  else
+    fecl_scale<T, false><<<grid, kScaleThreads, 0, stream>>>(gradient, a.factor, grad, view_of(z), z.n, z.p,
+                                                             static_cast<int>(z.h), static_cast<int>(z.w));
+  return launch_status("fecl_loss_backward");
 }
 
 }  // namespace
 }  // namespace cuda
 
-size_t fecl_loss_workspace_cuda(const fera_fecl_loss_args& a) {
-  return cuda::energies_workspace(cuda::source_of(a.base, a.fera, a.target), a.filters);
-}
+size_t fecl_loss_workspace_cuda(const fera_fecl_loss_args& a) { return cuda::lay_out(a, nullptr).bytes; }
 
-size_t fecl_loss_backward_workspace_cuda(const fera_fecl_loss_backward_args& a) {
-  return cuda::adjoint_workspace(cuda::source_of(a.base, a.fera, a.target), a.filters);
-}
+size_t fecl_loss_backward_workspace_cuda(const fera_fecl_loss_backward_args&) { return 0; }
 
 }  // namespace fera
 
@@ -44,26 +116,42 @@ extern "C" fera_status fera_fecl_loss_cuda(const fera_fecl_loss_args* a, const f
   using namespace fera;
   FERA_RETURN_IF_ERROR(check(*a));
   FERA_RETURN_IF_ERROR(check_workspace("fecl_loss", context, fera_fecl_loss_workspace(a, FERA_CUDA)));
-  cuda::Partials partials{nullptr, 0, 1.0};
-  if (a->fera.n > 0)
-    FERA_RETURN_IF_ERROR(cuda::launch_energies("fecl_loss", cuda::source_of(a->base, a->fera, a->target), a->filters,
-                                               context, &partials));
-  dispatch_compute(a->fera.dtype, [&](auto tag) {
+  const cuda::Layout layout = cuda::lay_out(*a, context->workspace);
+  fera_context inner = *context;
+  inner.workspace = layout.scratch;
+  inner.workspace_bytes = layout.scratch_bytes;
+  const cuda::Source source = cuda::source_of(a->base, a->fera, a->target);
+  bool done = false;
+  FERA_RETURN_IF_ERROR(dispatch_compute(a->fera.dtype, [&](auto tag) {
     using Real = typename decltype(tag)::type;
-    cuda::fecl_loss_finish<Real><<<1, 256, 0, cuda::stream_of(context)>>>(partials, a->fera.n, a->filters.bands, a->eps,
-                                                                          static_cast<Real*>(a->loss), a->coefficients);
-    return FERA_OK;
-  });
-  return cuda::launch_status("fecl_loss");
+    cuda::Finish<Real> finish{};
+    finish.bands = a->filters.bands;
+    finish.eps = a->eps;
+    finish.losses = layout.losses;
+    finish.coefficients = layout.coefficients;
+    finish.weight = 1.0 / static_cast<double>(a->fera.n);
+    Real* const loss = static_cast<Real*>(a->loss);
+    if constexpr (std::is_same_v<Real, float>)
+      if (a->gradient != nullptr)
+        FERA_RETURN_IF_ERROR(cuda::launch_fecl("fecl_loss", source, a->filters, finish, loss,
+                                               static_cast<float*>(a->gradient), a->factor, &inner, &done));
+    return done ? FERA_OK : cuda::launch_energies("fecl_loss", source, a->filters, finish, loss, &inner);
+  }));
+  if (done) return FERA_OK;
+  const fera_latent gradient = gradient_of(*a);
+  if (gradient.data == nullptr || gradient.n * gradient.p == 0) return FERA_OK;
+  const cuda::Coefficients from{layout.coefficients, nullptr, nullptr, nullptr, 0, a->factor};
+  return cuda::launch_adjoint("fecl_loss", source, a->filters, from, cuda::view_of(gradient), gradient.dtype, &inner);
 }
 
 extern "C" fera_status fera_fecl_loss_backward_cuda(const fera_fecl_loss_backward_args* a,
                                                     const fera_context* context) {
   using namespace fera;
   FERA_RETURN_IF_ERROR(check(*a));
-  FERA_RETURN_IF_ERROR(check_workspace("fecl_loss_backward", context, fera_fecl_loss_backward_workspace(a, FERA_CUDA)));
-  if (a->fera.n == 0) return FERA_OK;
-  const cuda::Coefficients from{a->coefficients, a->grad, nullptr, nullptr, nullptr, 0};
-  return cuda::launch_adjoint("fecl_loss_backward", cuda::source_of(a->base, a->fera, a->target), a->filters, from,
-                              cuda::view_of(a->dfera), context);
+  FERA_RETURN_IF_ERROR(check_workspace("fecl_loss_backward", context, 0));
+  if (a->dfera.n * a->dfera.p == 0) return FERA_OK;
+  return cuda::dispatch(a->dfera.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return cuda::launch_scale<T>(*a, cuda::stream_of(context));
+  });
 }

@@ -1,26 +1,8 @@
-// latent_gate on CUDA: the band energies' passes, then one block a sample normalises and routes.
+// latent_gate on CUDA: the band energies, whose finish also routes.
 #include "band_energy/energies.cuh"
-#include "router/router.cuh"
 #include "router/router.h"
 
 namespace fera {
-namespace cuda {
-namespace {
-
-template <class Real>
-__global__ void __launch_bounds__(128) latent_gate_finish(Partials partials, double eps, Router<Real> router,
-                                                          Real* energy, Real* indicator, double* total, Real* gate) {
-  __shared__ double sums[FERA_MAX_BANDS + 1];
-  __shared__ RouterShared shared;
-  const int64_t n = blockIdx.x;
-  add_partials(partials, n, router.bands, sums);
-  if (threadIdx.x == 0) write_indicator(sums, router.bands, eps, n, energy, indicator, total);
-  __syncthreads();
-  route(router, indicator + n * router.bands, shared, gate + n * router.experts);
-}
-
-}  // namespace
-}  // namespace cuda
 
 size_t latent_gate_workspace_cuda(const fera_latent_gate_args& a) {
   return cuda::energies_workspace(cuda::source_of(a.energy.z), a.energy.filters);
@@ -34,14 +16,17 @@ extern "C" fera_status fera_latent_gate_cuda(const fera_latent_gate_args* a, con
   FERA_RETURN_IF_ERROR(check_workspace("latent_gate", context, fera_latent_gate_workspace(a, FERA_CUDA)));
   const fera_band_energy_args& e = a->energy;
   if (e.z.n == 0) return FERA_OK;
-  cuda::Partials partials;
-  FERA_RETURN_IF_ERROR(cuda::launch_energies("latent_gate", cuda::source_of(e.z), e.filters, context, &partials));
-  dispatch_compute(e.z.dtype, [&](auto tag) {
+  return dispatch_compute(e.z.dtype, [&](auto tag) {
     using Real = typename decltype(tag)::type;
-    cuda::latent_gate_finish<Real><<<static_cast<unsigned>(e.z.n), 128, 0, cuda::stream_of(context)>>>(
-        partials, e.eps, cuda::Router<Real>(a->router), static_cast<Real*>(e.energy), static_cast<Real*>(e.indicator),
-        e.total, static_cast<Real*>(a->gate));
-    return FERA_OK;
+    cuda::Finish<Real> finish{};
+    finish.bands = e.filters.bands;
+    finish.eps = e.eps;
+    finish.energy = static_cast<Real*>(e.energy);
+    finish.indicator = static_cast<Real*>(e.indicator);
+    finish.total = e.total;
+    finish.router = cuda::Router<Real>(a->router);
+    finish.gate = static_cast<Real*>(a->gate);
+    return cuda::launch_energies("latent_gate", cuda::source_of(e.z), e.filters, finish, static_cast<Real*>(nullptr),
+                                 context);
   });
-  return cuda::launch_status("latent_gate");
 }

@@ -13,6 +13,7 @@ struct Router {
   int bands, hidden, experts;
   double inverse_tau;
 
+  Router() = default;
   explicit Router(const fera_router& r)
       : w1(static_cast<const Real*>(r.w1)),
         b1(static_cast<const Real*>(r.b1)),

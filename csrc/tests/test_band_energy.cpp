@@ -1,4 +1,6 @@
 // band_energy and its backward against direct sums.
+#include <tuple>
+
 #include "tests/band_reference.h"
 
 using namespace test;
@@ -79,7 +81,9 @@ void check(const Case& c) {
   expect_close(r.indicator.values(), share, tolerance, "indicator " + what, smallest);
   // 16-bit results: half a unit in the last place, 2^-9 and 2^-12, plus half's subnormals.
   const double store = c.dtype == FERA_BF16 ? 6e-3 : c.dtype == FERA_F16 ? 1e-3 : exact ? 1e-11 : 5e-6;
-  const double floor = c.dtype == FERA_F16 ? 3e-8 * std::sqrt(static_cast<double>(z.size())) : 0;
+  // Half a step of the smallest numbers: 2^-24 in float16, 2^-149 in float32.
+  const double step = c.dtype == FERA_F16 ? 3e-8 : exact ? 0 : 0.8e-45;
+  const double floor = step * std::sqrt(static_cast<double>(z.size()));
   expect_close(r.dz.values(), weighted_all(filters, z, c.n, c.p, twice, c.bands), store, "dz " + what, floor);
   // The gradient of a share cancels where one band has nearly everything: the tolerance is of its terms.
   const Values through = weighted_all(filters, z, c.n, c.p, of_indicator, c.bands);
@@ -96,6 +100,7 @@ void sizes(fera_device device) {
   int turn = 0;
   for (const Size size : kSizes)
     for (const int blurs : {0, 2}) {
+      if (brief() && size.h * size.w > 600) continue;
       for (const fera_dtype dtype : kDtypes) {
         if (dtype != FERA_F32 && (size.h > 100 || size.w > 100) && blurs) continue;
         const int64_t n = 1 + turn % 3, p = 1 + turn % 4;
@@ -104,6 +109,55 @@ void sizes(fera_device device) {
       }
     }
   done("band_energy sizes, dtypes, strides", device);
+}
+
+// Sizes that have kernels of their own; sanitizers get the smallest of them.
+void usual_sizes(fera_device device) {
+  int turn = 0;
+  for (const Size size :
+       {Size{64, 64}, {96, 64}, {64, 96}, {96, 96}, {72, 128}, {128, 128}, {104, 152}, {152, 104}, {104, 156}}) {
+    if (brief() && turn > 0) break;
+    for (const auto& [n, p, bands] : {std::tuple{1, 1, 3}, {1, 4, 1}, {2, 5, 4}, {1, 23, 3}, {2, 3, 16}}) {
+      if (size.h > 64 && p * n > 6) continue;  // the reference sums directly
+      const fera_dtype dtype = turn % 2 ? kDtypes[turn % 3] : FERA_F32;
+      check({device, dtype, n, p, size, bands, 0, turn % 4 == 3 ? Layout::sliced : Layout::contiguous, 1.0, 1e-8});
+      ++turn;
+    }
+  }
+  // More samples than clusters fit side by side: several chunks of planes a cluster, the last one partial.
+  if (!brief()) check({device, FERA_F32, 34, 9, {64, 64}, 3, 0, Layout::contiguous, 1, 1e-8});
+  for (const double scale : {0.0, 1e18, 1e-20, 1e-30, 1e-41, 1e15})
+    check({device, FERA_F32, 2, 3, {64, 64}, 3, 0, Layout::contiguous, scale, 1e-8});
+  for (const double scale : {1e18, 1e-20})
+    if (!brief()) check({device, FERA_F32, 1, 3, {104, 152}, 3, 0, Layout::contiguous, scale, 1e-8});
+  done("band_energy usual sizes", device);
+}
+
+// Which variant runs, without a pointer: the CPU's instruction set, or what FERA_BAND_VARIANT and the device leave.
+void variant(fera_device device) {
+  fera_latent z{nullptr, FERA_F32, 4, 4, 64, 64, 4 * 64 * 64, 64 * 64, 64, 1};
+  fera_filters filters{};
+  filters.bands = 3;
+  const auto is = [&](const char* name) { return std::strcmp(fera_band_variant(&z, &filters, device), name) == 0; };
+  const char* wish = std::getenv("FERA_BAND_VARIANT");
+  const bool forced = wish != nullptr && std::strcmp(wish, "cluster") == 0;  // then sizes without clusters are refused
+  if (device == FERA_CPU) {
+    if (!is(fera_cpu_isa())) fail("the CPU's variant is %s", fera_band_variant(&z, &filters, device));
+    if (!fera_has_cuda() && *fera_band_variant(&z, &filters, FERA_CUDA) != 0) fail("a variant in a build without CUDA");
+    return done("fera_band_variant", device);
+  }
+  if (!is("cluster") && !is("grid") && !forced) fail("no variant of 64 x 64");
+  if (wish != nullptr && std::strcmp(wish, "grid") == 0 && !is("grid")) fail("FERA_BAND_VARIANT=grid is not heard");
+  const char* elsewhere = forced ? "" : "grid";
+  z.dtype = FERA_F64;
+  if (!is(elsewhere)) fail("float64 takes %s", fera_band_variant(&z, &filters, device));
+  z.dtype = FERA_F32;
+  filters.blurs = 2;
+  if (!is(elsewhere)) fail("separable filters take %s", fera_band_variant(&z, &filters, device));
+  filters.blurs = 0;
+  z.stride_w = 4;
+  if (!is(elsewhere)) fail("a stride along W takes %s", fera_band_variant(&z, &filters, device));
+  done("fera_band_variant", device);
 }
 
 void ranges(fera_device device) {
@@ -124,29 +178,34 @@ void ranges(fera_device device) {
 void nan_stays(fera_device device) {
   for (const int blurs : {0, 2})
     for (const fera_dtype dtype : kDtypes) {
-      const Case c{device, dtype, 3, 2, {9, 8}, 3, blurs, Layout::contiguous, 1, 1e-8};
-      const Filters filters(device, compute_of(dtype), c.bands, blurs, c.size.h, c.size.w);
-      Values z = normal(c.n * c.p * 72), grad(static_cast<size_t>(c.n * c.bands), 1.0);
-      z[144 + 100] = NAN;
-      const Results r = compute(c, z, filters, grad, Threads::none);
-      for (const Values& v : {r.energy.values(), r.indicator.values()})
-        for (int64_t n = 0; n < c.n; ++n)
-          if (n == 1)
-            expect_all_nan(Values(v.begin() + n * 3, v.begin() + n * 3 + 3), "NaN " + c.what());
-          else
-            for (int k = 0; k < 3; ++k)
-              if (!std::isfinite(v[n * 3 + k])) fail("a NaN spread to another sample, %s", c.what().c_str());
-      const Values dz = r.dz.values();
-      if (!std::isnan(dz[144 + 100])) fail("a NaN was lost backward, %s", c.what().c_str());
-      if (!std::isfinite(dz[0])) fail("a NaN spread backward, %s", c.what().c_str());
+      for (const Size size : {Size{9, 8}, Size{64, 64}}) {
+        if (blurs && size.h == 64) continue;
+        const Case c{device, dtype, 3, 2, size, 3, blurs, Layout::contiguous, 1, 1e-8};
+        const Filters filters(device, compute_of(dtype), c.bands, blurs, c.size.h, c.size.w);
+        const int64_t sample = c.p * size.h * size.w, spoiled = sample + sample / 3;
+        Values z = normal(c.n * sample), grad(static_cast<size_t>(c.n * c.bands), 1.0);
+        z[spoiled] = NAN;
+        const Results r = compute(c, z, filters, grad, Threads::none);
+        for (const Values& v : {r.energy.values(), r.indicator.values()})
+          for (int64_t n = 0; n < c.n; ++n)
+            if (n == 1)
+              expect_all_nan(Values(v.begin() + n * 3, v.begin() + n * 3 + 3), "NaN " + c.what());
+            else
+              for (int k = 0; k < 3; ++k)
+                if (!std::isfinite(v[n * 3 + k])) fail("a NaN spread to another sample, %s", c.what().c_str());
+        const Values dz = r.dz.values();
+        if (!std::isnan(dz[spoiled])) fail("a NaN was lost backward, %s", c.what().c_str());
+        if (!std::isfinite(dz[0])) fail("a NaN spread backward, %s", c.what().c_str());
+      }
     }
   done("band_energy NaN", device);
 }
 
 void deterministic(fera_device device) {
   for (const int blurs : {0, 3})
-    for (const Size size : {Size{24, 20}, Size{104, 19}}) {
-      const Case c{device, FERA_F32, 5, 3, size, 3, blurs, Layout::contiguous, 1, 1e-8};
+    for (const Size size : {Size{24, 20}, Size{104, 19}, Size{64, 64}}) {
+      if (blurs && size.h == 64) continue;
+      const Case c{device, FERA_F32, 5, size.h == 64 ? 9 : 3, size, 3, blurs, Layout::contiguous, 1, 1e-8};
       const Filters filters(device, FERA_F32, 3, blurs, size.h, size.w);
       Values z = normal(c.n * c.p * size.h * size.w), grad = normal(c.n * 3);
       const Results first = compute(c, z, filters, grad, Threads::none);
@@ -202,6 +261,8 @@ void errors(fera_device device) {
 int main() {
   for (const fera_device device : devices()) {
     sizes(device);
+    usual_sizes(device);
+    variant(device);
     ranges(device);
     nan_stays(device);
     deterministic(device);

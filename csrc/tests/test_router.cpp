@@ -1,4 +1,6 @@
 // router_softmax, its backward and latent_gate against plain loops in double.
+#include <tuple>
+
 #include "tests/band_reference.h"
 
 using namespace test;
@@ -115,25 +117,29 @@ void shapes(fera_device device) {
   done("router_softmax shapes", device);
 }
 
+// (12, 13) in a layout that few kernels take, and (64, 64), contiguous, which has a kernel of its own.
 void latent(fera_device device) {
   for (const fera_dtype t : kDtypes)
-    for (const int blurs : {0, 2})
+    for (const auto& [blurs, h, w, experts, hidden] : {std::tuple{0, 12, 13, 5, 64},
+                                                       {2, 12, 13, 5, 64},
+                                                       {0, 64, 64, 3, 64},
+                                                       {0, 64, 64, 4, 33},
+                                                       {0, 64, 64, 7, 100}})
       for (const int64_t n : {4, 0, 1}) {
-        const int64_t p = 3;
-        const int h = 12, w = 13;
+        const int64_t p = h == 64 ? 9 : 3;
         const Filters filters(device, compute_of(t), 3, blurs, h, w);
-        const Weights r(device, compute_of(t), 3, 64, 5, 0.7);
-        Latent z(device, t, n, p, h, w, Layout::channels_last);
+        const Weights r(device, compute_of(t), 3, hidden, experts, 0.7);
+        Latent z(device, t, n, p, h, w, h == 64 ? Layout::contiguous : Layout::channels_last);
         Values values = normal(n * p * h * w);
         if (n == 4) values[5] = NAN;
         z.set(values);
-        const Array indicator(device, compute_of(t), n * 3), gate(device, compute_of(t), n * 5);
+        const Array indicator(device, compute_of(t), n * 3), gate(device, compute_of(t), n * experts);
         const fera_latent_gate_args a{
             {z.view, filters.view, 1e-8, nullptr, indicator.data(), nullptr}, r.view, gate.data()};
         EXPECT_OK(FERA_RUN(latent_gate, device, a, Threads::two));
         const Values e = energies(filters, values, n, p), got = gate.values();
         for (int64_t s = 0; s < n; ++s) {
-          const Values mine(got.begin() + s * 5, got.begin() + (s + 1) * 5);
+          const Values mine(got.begin() + s * experts, got.begin() + (s + 1) * experts);
           if (n == 4 && s == 0) {
             expect_all_nan(mine, "gate of a NaN latent");
             continue;

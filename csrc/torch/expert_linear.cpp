@@ -1,6 +1,12 @@
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/mul.h>
+
+#include <cstdlib>
+#include <cstring>
 
 #include "call.h"
 
@@ -52,6 +58,7 @@ class Experts {
     a = lora_a.contiguous();
     b = lora_b.contiguous();
     g = gate.to(compute_type(x)).contiguous();
+    groups_ = groups;
     const int64_t tokens = in > 0 ? x.numel() / in : 0;
     view = {tokens,
             in,
@@ -68,9 +75,86 @@ class Experts {
   }
 
   int64_t stacked() const { return int64_t{view.experts} * view.rank; }
+  int64_t groups() const { return groups_; }
 
   Tensor a, b, g;
   fera_experts view;
+
+ private:
+  int64_t groups_ = 0;
+};
+
+// tiles: the core's kernels. library: the vendor's products. FERA_EXPERT_VARIANT asks for one; empty or auto is tiles.
+bool by_library(const char* op) {
+  const char* wish = std::getenv("FERA_EXPERT_VARIANT");
+  if (wish == nullptr || *wish == 0 || std::strcmp(wish, "auto") == 0 || std::strcmp(wish, "tiles") == 0) return false;
+  FERA_REQUIRE(op, std::strcmp(wish, "library") == 0, "FERA_EXPERT_VARIANT", "auto, tiles or library", wish);
+  return true;
+}
+
+// The library variant: the stacked form with gate and scale folded into the small side, B' = gate * scale * B, one a
+// gate row, so that nothing of the size of x or y is touched but by products.
+//   h = x A^T                        y += h B'^T
+//   dh' = dy B'    dx += dh' A       dA = dh'^T x
+//   M = dy^T h, one a gate row:      dB = sum_g gate_g scale M_g,   dgate[g, m] = scale <M_g, B> over m's columns
+class Library {
+ public:
+  Library(const Tensor& x, const Experts& experts)
+      : e_(experts),
+        g_(experts.groups()),
+        r_(experts.stacked()),
+        in_(experts.view.in),
+        out_(experts.view.out),
+        type_(x.scalar_type()),
+        x_(x.reshape({experts.view.tokens, in_})),
+        a_(experts.a.to(type_).view({r_, in_})) {}
+
+  // h (T, R); y (T, out) is updated.
+  Tensor forward(const Tensor& y) const {
+    const Tensor h = at::matmul(x_, a_.t());
+    if (x_.size(0) > 0) grouped(y).baddbmm_(grouped(h), gated_b().transpose(1, 2));
+    return h;
+  }
+
+  // dx: the base layer's part, or undefined.
+  std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& h, Tensor dx,
+                                                      std::array<bool, 4> wanted) const {
+    Tensor da, db, dgate;
+    if (x_.size(0) == 0) {
+      if (wanted[0] && !dx.defined()) dx = at::zeros_like(x_);
+      if (wanted[1]) da = at::zeros_like(e_.a);
+      if (wanted[2]) db = at::zeros_like(e_.b);
+      if (wanted[3]) dgate = at::zeros_like(e_.g);
+      return {dx, da, db, dgate};
+    }
+    if (wanted[0] || wanted[1]) {
+      const Tensor dh = at::bmm(grouped(dy), gated_b()).view({x_.size(0), r_});
+      if (wanted[0]) dx = dx.defined() ? dx.addmm_(dh, a_) : at::matmul(dh, a_);
+      if (wanted[1]) da = at::matmul(dh.t(), x_).view(e_.a.sizes()).to(e_.a.scalar_type());
+    }
+    if (wanted[2] || wanted[3]) {
+      const at::ScalarType wide = e_.g.scalar_type();
+      const Tensor m = at::bmm(grouped(dy).transpose(1, 2), grouped(h)).to(wide).view(by_expert(g_));
+      if (wanted[2]) db = (m * gate_scale()).sum(0).to(e_.b.scalar_type());
+      if (wanted[3]) dgate = (m * e_.b.to(wide).view(by_expert(1))).sum({1, 3}).mul_(e_.view.scale);
+    }
+    return {dx, da, db, dgate};
+  }
+
+ private:
+  std::array<int64_t, 4> by_expert(int64_t rows) const { return {rows, out_, e_.view.experts, e_.view.rank}; }
+  Tensor grouped(const Tensor& t) const { return t.view({g_, x_.size(0) / g_, t.size(-1)}); }
+  Tensor gate_scale() const { return (e_.g * e_.view.scale).view({g_, 1, e_.view.experts, 1}); }
+  Tensor gated_b() const {  // (G, out, R), multiplied in the compute dtype and rounded once
+    Tensor b = at::empty(by_expert(g_), x_.options());
+    at::mul_out(b, e_.b.view(by_expert(1)), gate_scale());
+    return b.view({g_, out_, r_});
+  }
+
+  const Experts& e_;
+  int64_t g_, r_, in_, out_;
+  at::ScalarType type_;
+  Tensor x_, a_;
 };
 
 std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
@@ -79,22 +163,28 @@ std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
   return sizes;
 }
 
+// Products of the vendor's library inside an operator keep the operator's dtype: autocast has had its say in the
+// operator's own autocast kernel, and in a backward under autocast it must have none.
+class NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard_{c10::autocast_dispatch_keyset};
+};
+
 // Adds the experts' part to `base`, into `y` (which may be `base`).
 std::tuple<Tensor, Tensor> update(const char* op, const Tensor& base, const Tensor& y, const Tensor& x,
                                   const Experts& experts) {
   const int64_t out = experts.view.out;
+  if (by_library(op)) {
+    const NoAutocast products;
+    if (!y.is_same(base)) y.copy_(base);
+    const Tensor h = Library(x, experts).forward(y.view({experts.view.tokens, out}));
+    return {y, h.view(with_last(x, experts.stacked()))};
+  }
   const Tensor h = at::empty(with_last(x, experts.stacked()), x.options());
   const Rows x_rows(op, "x", x, experts.view.in), base_rows(op, "base_out", base, out), y_rows(op, "y", y, out);
   const fera_expert_update_args args{experts.view, x_rows.view, base_rows.view, y_rows.view, h.data_ptr()};
   FERA_CALL(x, expert_update, args);
   return {y, h};
 }
-
-// Products of the vendor's library inside an operator keep the operator's dtype: autocast has had its say in the
-// operator's own autocast kernel, and in a backward under autocast it must have none.
-class NoAutocast {
-  c10::impl::ExcludeDispatchKeyGuard guard_{c10::autocast_dispatch_keyset};
-};
 
 std::tuple<Tensor, Tensor> expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                          const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate, double scale) {
@@ -163,6 +253,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& 
   const Tensor h_rows = h.contiguous();
   FERA_REQUIRE(op, h.scalar_type() == x.scalar_type() && h.sizes() == at::IntArrayRef(with_last(x, experts.stacked())),
                "h", "what forward returned", h.sizes());
+  if (by_library(op)) {
+    const Tensor rows = dy.contiguous().view({experts.view.tokens, experts.view.out});
+    Tensor dx;
+    if (wanted[0] && weight.has_value()) dx = at::matmul(rows, *weight);
+    Tensor da, db, dg;
+    std::tie(dx, da, db, dg) =
+        Library(x, experts).backward(rows, h_rows.view({experts.view.tokens, experts.stacked()}), dx, wanted);
+    auto given = [&](bool yes, const Tensor& t) { return yes ? t : at::empty({0}, x.options()); };
+    return {wanted[0] ? dx.view(x.sizes()) : given(false, dx), given(wanted[1], da), given(wanted[2], db),
+            wanted[3] ? dg.to(gate.scalar_type()) : given(false, dg)};
+  }
   auto like = [](bool yes, const Tensor& t) {
     return yes ? at::empty(t.sizes(), t.options()) : at::empty({0}, t.options());
   };

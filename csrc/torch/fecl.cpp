@@ -18,47 +18,50 @@ struct Latents {
   }
 };
 
-std::tuple<Tensor, Tensor> fecl_loss(const Tensor& base, const Tensor& fera, const Tensor& target, const Tensor& table,
-                                     const OptionalTensor& right, const OptionalTensor& mix, at::IntArrayRef reach,
-                                     double eps) {
+// gradient: whether to compute dL/dfera for an upstream gradient of 1; it and its factors come back empty where not.
+std::tuple<Tensor, Tensor, Tensor> fecl_loss(const Tensor& base, const Tensor& fera, const Tensor& target,
+                                             const Tensor& table, const OptionalTensor& right,
+                                             const OptionalTensor& mix, at::IntArrayRef reach, double eps,
+                                             bool gradient) {
   const char* op = "fecl_loss";
   const DeviceScope scope(fera);
   const Latents latents(op, base, fera, target);
   const Filters filters(op, fera, table, right, mix, reach);
   const Tensor loss = at::empty({}, compute_options(fera));
-  const Tensor coefficients = at::empty({fera.size(0), 2, filters.view.bands + 1}, fera.options().dtype(at::kDouble));
+  const Tensor dfera =
+      gradient ? at::empty(fera.sizes(), compute_options(fera)) : at::empty({0}, compute_options(fera));
+  const Tensor factor = at::empty({gradient ? fera.size(0) : 0}, fera.options().dtype(at::kDouble));
+  // Samples of no planes have nothing to scale, but their factors are an output.
+  if (dfera.numel() == 0) factor.fill_(1);
+  const bool wanted = gradient && dfera.numel() > 0;
   const fera_fecl_loss_args args{latents.base.view,
                                  latents.fera.view,
                                  latents.target.view,
                                  filters.view,
                                  eps,
                                  loss.data_ptr(),
-                                 coefficients.data_ptr<double>()};
+                                 wanted ? dfera.data_ptr() : nullptr,
+                                 wanted ? factor.data_ptr<double>() : nullptr};
   FERA_CALL(fera, fecl_loss, args);
-  return {loss, coefficients};
+  return {loss, dfera, factor};
 }
 
-Tensor fecl_loss_backward(const Tensor& grad, const Tensor& coefficients, const Tensor& base, const Tensor& fera,
-                          const Tensor& target, const Tensor& table, const OptionalTensor& right,
-                          const OptionalTensor& mix, at::IntArrayRef reach) {
+// gradient and factor as forward returned them, dtype that of forward's fera.
+Tensor fecl_loss_backward(const Tensor& grad, const Tensor& gradient, const Tensor& factor, at::ScalarType dtype) {
   const char* op = "fecl_loss_backward";
-  const DeviceScope scope(fera);
-  const Latents latents(op, base, fera, target);
-  const Filters filters(op, fera, table, right, mix, reach);
+  const DeviceScope scope(gradient);
+  const Tensor dfera = at::empty(gradient.sizes(), gradient.options().dtype(dtype));
+  const Latent out(op, "gradient", dfera);
   FERA_REQUIRE(op, grad.numel() == 1, "grad", "a scalar", grad.sizes());
-  FERA_REQUIRE(op,
-               (coefficients.scalar_type() == at::kDouble &&
-                coefficients.sizes() == at::IntArrayRef{fera.size(0), 2, filters.view.bands + 1}),
-               "coefficients", "what forward returned", coefficients.sizes());
-  require_same_device(op, "grad", grad, fera);
-  require_same_device(op, "coefficients", coefficients, fera);
-  const Tensor upstream = grad.to(compute_type(fera)), c = coefficients.contiguous();
-  const Tensor dfera = at::empty(fera.sizes(), fera.options());
-  const Latent out(op, "dfera", dfera);
-  const fera_fecl_loss_backward_args args{latents.base.view, latents.fera.view,    latents.target.view,
-                                          filters.view,      c.data_ptr<double>(), upstream.data_ptr(),
-                                          out.view};
-  FERA_CALL(fera, fecl_loss_backward, args);
+  FERA_REQUIRE(op, gradient.scalar_type() == compute_type(dfera), "gradient", join("of dtype ", compute_type(dfera)),
+               gradient.scalar_type());
+  FERA_REQUIRE(op, (factor.scalar_type() == at::kDouble && factor.sizes() == at::IntArrayRef{gradient.size(0)}),
+               "factor", join("(", gradient.size(0), ") float64"), factor.sizes());
+  require_same_device(op, "grad", grad, gradient);
+  require_same_device(op, "factor", factor, gradient);
+  const Tensor upstream = grad.to(compute_type(dfera)), whole = gradient.contiguous(), powers = factor.contiguous();
+  const fera_fecl_loss_backward_args args{whole.data_ptr(), powers.data_ptr<double>(), upstream.data_ptr(), out.view};
+  FERA_CALL(gradient, fecl_loss_backward, args);
   return dfera;
 }
 
@@ -72,10 +75,8 @@ void register_kernels(torch::Library& m) {
 TORCH_LIBRARY_FRAGMENT(fera_ext, m) {
   m.def(
       "fecl_loss(Tensor base, Tensor fera, Tensor target, Tensor table, Tensor? right, Tensor? mix, int[] reach,"
-      " float eps) -> (Tensor, Tensor)");
-  m.def(
-      "fecl_loss_backward(Tensor grad, Tensor coefficients, Tensor base, Tensor fera, Tensor target, Tensor table,"
-      " Tensor? right, Tensor? mix, int[] reach) -> Tensor");
+      " float eps, bool gradient) -> (Tensor, Tensor, Tensor)");
+  m.def("fecl_loss_backward(Tensor grad, Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(fera_ext, CPU, m) { register_kernels(m); }

@@ -10,7 +10,9 @@ import typer
 
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Say how each operator computes.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say which kernel variant runs for which latent, and why.")
+    ] = False,
 ) -> None:
     """Says how this copy was built, what it found, whether every operator works, and what to do when not.
 

@@ -5,17 +5,6 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-VARIANTS = {
-    "band_energy": "spectral bands: mixed-radix FFT of packed plane pairs, rows then columns; "
-    "separable bands: banded rows then columns",
-    "frequency_energy": "as band_energy, normalised in its last pass",
-    "router_softmax": "one block a sample (CUDA), one sample a task (CPU)",
-    "latent_gate": "as band_energy, routed in its last pass",
-    "expert_linear": "base product by the vendor's library, then expert_update in place",
-    "expert_update": "tiled skinny products: down, then up with gate and scale folded in",
-    "fecl_loss": "as band_energy on both differences; backward: one masked inverse transform for both",
-}
-
 
 def _advice(build: dict[str, Any], runtime: dict[str, Any]) -> list[str]:
     advice = []
@@ -106,7 +95,9 @@ def collect(explain: bool = False) -> dict[str, Any]:
     for device in devices:
         report["operators"] += check(device)
     if explain:
-        report["explain"] = VARIANTS
+        from fera_ext.info.variants import explain as explain_variants
+
+        report["explain"] = explain_variants(devices)
     report["advice"] = _advice(report["build"], report["runtime"])
     failed = sorted({r["operator"] for r in report["operators"] if not r["ok"]})
     if failed:
@@ -154,7 +145,9 @@ def render(report: dict[str, Any]) -> None:
             error = "" if row["error"] is None else f"{row['error']:.1e}"
             operators.add_row(row["operator"], row["device"], shown, error)
         console.print(operators)
-    for name, sentence in report.get("explain", {}).items():
-        console.print(f"[bold]{name}[/]: {sentence}")
+    if "explain" in report:
+        from fera_ext.info.variants import render as render_variants
+
+        render_variants(report["explain"], console)
     for sentence in report["advice"]:
         console.print(f"[yellow]![/] {sentence}")

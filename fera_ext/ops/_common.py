@@ -79,6 +79,13 @@ def filter_args(op: str, bands: Bands, z: Tensor) -> FilterArgs:
     return filters.table, filters.right, filters.mix, list(filters.reach)
 
 
+def without_gradient(ctx: Any, *outputs: Tensor) -> None:
+    """Marks outputs that have no gradient. Backward gets None for them (and for the others, where nothing asks):
+    autograd's default is to fill zeros, a launch each and for ``fecl_loss`` a whole latent."""
+    ctx.mark_non_differentiable(*outputs)
+    ctx.set_materialize_grads(False)
+
+
 def no_grads(count: int) -> list[Any]:
     """``count`` absent gradients."""
     return [None] * count

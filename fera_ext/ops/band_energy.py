@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fera_ext.bands import Bands
-from fera_ext.ops._common import FILTER_COUNT, compute_dtype, filter_args, no_grads
+from fera_ext.ops._common import FILTER_COUNT, compute_dtype, filter_args, no_grads, without_gradient
 
 _ops = torch.ops.fera_ext
 
@@ -91,13 +91,13 @@ def _band_energy_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _save_indicator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     z, table, right, mix, ctx.reach, ctx.eps = inputs
-    ctx.mark_non_differentiable(output[1])
+    without_gradient(ctx, output[1])
     ctx.save_for_backward(*output, z, table, right, mix)
 
 
-def _frequency_energy_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _frequency_energy_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
     dz = None
-    if ctx.needs_input_grad[0]:
+    if grad is not None and ctx.needs_input_grad[0]:
         dz = _ops.frequency_energy_backward(grad, *ctx.saved_tensors, ctx.reach, ctx.eps)
     return (dz, *no_grads(FILTER_COUNT + 1))
 

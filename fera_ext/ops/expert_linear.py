@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fera_ext.ops._common import no_grads
+from fera_ext.ops._common import no_grads, without_gradient
 
 _ops = torch.ops.fera_ext
 
@@ -120,11 +120,13 @@ def _backward(
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, lora_a, lora_b, gate, ctx.scale = inputs
     h = output[1]
-    ctx.mark_non_differentiable(h)
+    without_gradient(ctx, h)
     ctx.save_for_backward(x, h, lora_a, lora_b, gate, weight)
 
 
-def _linear_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
+def _linear_backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
+    if dy is None:
+        return tuple(no_grads(7))
     # Read once: under checkpointing each read of saved_tensors asks for the recomputation.
     *saved, weight = ctx.saved_tensors
     needs = ctx.needs_input_grad
@@ -138,11 +140,13 @@ def _linear_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
 
 def _save_update(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, x, lora_a, lora_b, gate, ctx.scale = inputs
-    ctx.mark_non_differentiable(output[1])
+    without_gradient(ctx, output[1])
     ctx.save_for_backward(x, output[1], lora_a, lora_b, gate)
 
 
-def _update_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
+def _update_backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
+    if dy is None:
+        return tuple(no_grads(6))
     needs = ctx.needs_input_grad
     grads = _backward(ctx.saved_tensors, dy, None, ctx.scale, list(needs[1:5]))
     return (dy if needs[0] else None, *grads, *no_grads(1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fera_ext.bands import Bands
-from fera_ext.ops._common import FILTER_COUNT, compute_dtype, filter_args, no_grads
+from fera_ext.ops._common import FILTER_COUNT, compute_dtype, filter_args, no_grads, without_gradient
 
 _ops = torch.ops.fera_ext
 
@@ -28,8 +28,9 @@ def fecl_loss(base: Tensor, fera: Tensor, target: Tensor, bands: Bands, eps: flo
         eps: in the predictions' units.
 
     Returns:
-        A scalar, float32 (float64 for float64), not weighted. Kept for backward are the three inputs and
-        (N, 2, K+1) float64 numbers.
+        A scalar, float32 (float64 for float64), not weighted. Where ``fera`` asks for a gradient, it is computed
+        here and backward only scales it. Kept for backward is that gradient alone: one latent in float32
+        (float64 for float64) and N float64 numbers, none of the inputs.
 
     Raises:
         ValueError: unequal shapes or dtypes, a wrong size, or a gradient asked for base or target.
@@ -41,7 +42,8 @@ def fecl_loss(base: Tensor, fera: Tensor, target: Tensor, bands: Bands, eps: flo
             raise ValueError(
                 f"fecl_loss: {name} must be of fera's shape {tuple(fera.shape)}, got {tuple(tensor.shape)}"
             )
-    return _ops.fecl_loss(base, fera, target, *filter_args("fecl_loss", bands, fera), eps)[0]
+    gradient = torch.is_grad_enabled() and fera.requires_grad
+    return _ops.fecl_loss(base, fera, target, *filter_args("fecl_loss", bands, fera), eps, gradient)[0]
 
 
 @torch.library.register_fake("fera_ext::fecl_loss")
@@ -54,34 +56,38 @@ def _(
     mix: Tensor | None,
     reach: list[int],
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    bands = table.shape[0] if mix is None else mix.shape[0]
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(fera.dtype)
     return (
-        fera.new_empty((), dtype=compute_dtype(fera.dtype)),
-        fera.new_empty((fera.shape[0], 2, bands + 1), dtype=torch.float64),
+        fera.new_empty((), dtype=dtype),
+        fera.new_empty(fera.shape if gradient else (0,), dtype=dtype),
+        fera.new_empty((fera.shape[0] if gradient else 0,), dtype=torch.float64),
     )
 
 
 @torch.library.register_fake("fera_ext::fecl_loss_backward")
-def _(grad: Tensor, coefficients: Tensor, base: Tensor, fera: Tensor, target: Tensor, *filters: Any) -> Tensor:
-    return fera.new_empty(fera.shape)
+def _(grad: Tensor, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(gradient.shape, dtype=dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    base, fera, target, table, right, mix, reach, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], base, fera, target, table, right, mix)
-    ctx.reach = reach
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    fera, gradient = inputs[1], inputs[-1]
+    without_gradient(ctx, output[1], output[2])
+    ctx.save_for_backward(output[1], output[2])
+    ctx.gradient, ctx.dtype = gradient, fera.dtype
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
     if needs[0] or needs[2]:
         raise ValueError("fecl_loss: base and target must be without gradient, got requires_grad=True")
     dfera = None
-    if needs[1]:
-        dfera = _ops.fecl_loss_backward(grad, *ctx.saved_tensors, ctx.reach)
-    return (None, dfera, None, *no_grads(FILTER_COUNT + 1))
+    if grad is not None and needs[1]:
+        if not ctx.gradient:
+            raise ValueError("fecl_loss: gradient must be True to differentiate, got False")
+        dfera = _ops.fecl_loss_backward(grad, *ctx.saved_tensors, ctx.dtype)
+    return (None, dfera, None, *no_grads(FILTER_COUNT + 2))
 
 
 torch.library.register_autograd("fera_ext::fecl_loss", _backward, setup_context=_save)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fera_ext.bands import Bands
-from fera_ext.ops._common import FILTER_COUNT, compute_dtype, filter_args, no_grads
+from fera_ext.ops._common import FILTER_COUNT, compute_dtype, filter_args, no_grads, without_gradient
 
 _ops = torch.ops.fera_ext
 
@@ -140,14 +140,16 @@ def _router_softmax_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _save_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     z, table, right, mix, reach, *weights, tau, eps = inputs
-    ctx.mark_non_differentiable(*output[1:])
+    without_gradient(ctx, *output[1:])
     # The latent is kept only for a gradient of its own; the router's gradients need the indicator alone.
     latent = (z, table, right, mix) if ctx.needs_input_grad[0] else no_grads(FILTER_COUNT)
     ctx.save_for_backward(*output, *weights, *latent)
     ctx.tau, ctx.reach, ctx.eps = tau, reach, eps
 
 
-def _latent_gate_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+def _latent_gate_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return tuple(no_grads(FILTER_COUNT + 7))
     gate, energy, total, *rest = ctx.saved_tensors
     weights, latent = rest[:4], rest[4:]
     needs = ctx.needs_input_grad

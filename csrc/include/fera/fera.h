@@ -162,21 +162,23 @@ typedef struct fera_fecl_loss_args {
   fera_latent base, fera, target; /* same sizes and dtype, each with its own strides */
   fera_filters filters;
   double eps;
-  void* loss;           /* scalar, compute dtype */
-  double* coefficients; /* (N, 2, K+1) what backward needs: with s = (d, r),
-                         * dL/dfera = sum_s (sum_k c[s][k] H_k^T H_k s + c[s][K] s);  or NULL */
+  void* loss;     /* scalar, compute dtype */
+  void* gradient; /* (N, P, H, W) contiguous, compute dtype, or NULL: dL/dfera, sample n's values divided by factor[n].
+                   * With s = (d, r) it is sum_s (sum_k c[s][k] H_k^T H_k s + c[s][K] s) */
+  double* factor; /* (N) powers of two, given with gradient: without them a gradient of latents of 1e18 or 1e-20 would
+                   * leave float32 before it is scaled */
 } fera_fecl_loss_args;
 
 FERA_API size_t fera_fecl_loss_workspace(const fera_fecl_loss_args*, fera_device);
 FERA_API fera_status fera_fecl_loss_cpu(const fera_fecl_loss_args*, const fera_context*);
 FERA_API fera_status fera_fecl_loss_cuda(const fera_fecl_loss_args*, const fera_context*);
 
+/* dfera = gradient * (factor[n] * grad), in float64 and rounded once to the compute dtype, then to dfera's. */
 typedef struct fera_fecl_loss_backward_args {
-  fera_latent base, fera, target;
-  fera_filters filters;
-  const double* coefficients; /* (N, 2, K+1), from forward */
-  const void* grad;           /* scalar, compute dtype: dL/dloss */
-  fera_latent dfera;          /* same sizes and dtype as fera */
+  const void* gradient; /* from forward */
+  const double* factor; /* from forward */
+  const void* grad;     /* scalar, compute dtype: dL/dloss */
+  fera_latent dfera;
 } fera_fecl_loss_backward_args;
 
 FERA_API size_t fera_fecl_loss_backward_workspace(const fera_fecl_loss_backward_args*, fera_device);
@@ -238,6 +240,12 @@ FERA_API const char* fera_version(void);
 FERA_API const char* fera_cpu_isa(void);      /* the CPU kernels in use: "avx512", "avx2" or "generic" */
 FERA_API int fera_has_cuda(void);             /* 1 if the CUDA kernels were built */
 FERA_API const char* fera_cuda_targets(void); /* e.g. "80-real,86-real,89-real,90a-real,90-virtual", or "" */
+
+/* The kernel variant that the energies of such a latent take now. CPU: fera_cpu_isa(). CUDA, on the current device:
+ * "cluster" or "grid" (FERA_BAND_VARIANT=cluster or grid forces one); "" in a build without CUDA, and where the
+ * variable forces what the latent does not have, so that the operators would refuse it. Of the structs only sizes,
+ * strides, dtype, bands and blurs are read, no pointer. */
+FERA_API const char* fera_band_variant(const fera_latent* z, const fera_filters* filters, fera_device device);
 
 #ifdef __cplusplus
 }

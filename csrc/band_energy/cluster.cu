@@ -1,0 +1,235 @@
+#include <algorithm>
+#include <atomic>
+#include <iterator>
+
+#include "band_energy/cluster.h"
+#include "band_energy/cluster_back.cuh"
+
+namespace fera::cuda {
+namespace {
+
+// Height, width and blocks a cluster of every kernel that is built: one line, one size.
+#define FERA_CLUSTER_SIZES(X) \
+  X(64, 64, 8)                \
+  X(64, 96, 8)                \
+  X(96, 64, 8)                \
+  X(96, 96, 8)                \
+  X(72, 128, 8)               \
+  X(128, 128, 16)             \
+  X(104, 152, 8)              \
+  X(152, 104, 8)              \
+  X(104, 156, 16)
+
+constexpr int kMaxDevices = 64;
+constexpr size_t kStaticShared = 4 * 1024;  // above what the kernels declare statically
+constexpr int kMultiprocessors = 132;       // of the largest sm_90; only a measure of what fills a machine
+
+struct Kernels {
+  int h, w, size;
+  int least_threads;  // each plane's last butterfly of rows, first of columns backwards, at once
+  void (*energies)(Source, ClusterPlan, const float*, int, Finish<float>, double*);
+  void (*gradient)(Source, ClusterPlan, const float*, int, ClusterGradient);
+  size_t (*shared_bytes)(const ClusterPlan&, int, int, int);
+};
+
+const Kernels kKernels[] = {
+#define FERA_KERNELS(H, W, S)                                       \
+  {H,                                                               \
+   W,                                                               \
+   S,                                                               \
+   std::max(ClusterSize<H, W, S>::rows * ClusterSize<H, W, S>::w1,  \
+            ClusterSize<H, W, S>::cols * ClusterSize<H, W, S>::h2), \
+   cluster_energies<ClusterSize<H, W, S>>,                          \
+   cluster_gradient<ClusterSize<H, W, S>>,                          \
+   cluster_shared_bytes<ClusterSize<H, W, S>>},
+    FERA_CLUSTER_SIZES(FERA_KERNELS)
+#undef FERA_KERNELS
+};
+
+// Bytes of shared memory a block may have, 0 where clusters of that size do not run; and the clusters that run side by
+// side at least, whatever a block takes.
+struct Limits {
+  size_t shared;
+  int clusters;
+};
+
+// Asked once a device and kernel; also raises the kernels' limits there.
+Limits limits_of(const Kernels& k) {
+  static std::atomic<int64_t> known[kMaxDevices][std::size(kKernels)];  // (clusters << 32 | bytes) + 1
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) {
+    cudaGetLastError();  // no device is an answer here, and an error where something is launched
+    return {0, 0};
+  }
+  if (device >= kMaxDevices) return {0, 0};
+  std::atomic<int64_t>& slot = known[device][&k - kKernels];
+  int64_t value = slot.load(std::memory_order_acquire);
+  if (value == 0) {
+    int shared = 0, launches = 0, cooperative = 0, limit = 0, fit = 0;
+    bool ok = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
+              cudaDeviceGetAttribute(&launches, cudaDevAttrClusterLaunch, device) == cudaSuccess &&
+              cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device) == cudaSuccess;
+    const void* kernels[] = {reinterpret_cast<const void*>(k.energies), reinterpret_cast<const void*>(k.gradient)};
+    // An image made for an older architecture has no clusters in it, whatever the device has.
+    for (const void* kernel : kernels) {
+      cudaFuncAttributes attributes{};
+      ok = ok && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+    }
+    if (ok && launches != 0) {
+      limit = shared - static_cast<int>(kStaticShared);
+      for (const void* kernel : kernels)
+        ok = ok && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit) == cudaSuccess &&
+             cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+      cudaLaunchAttribute attribute{};
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = k.size;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(k.size);
+      config.blockDim = dim3(kClusterThreads);
+      config.dynamicSmemBytes = limit;
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+      ok = ok && cudaOccupancyMaxActiveClusters(&fit, k.gradient, &config) == cudaSuccess;
+    }
+    if (!ok) cudaGetLastError();  // an image or a cluster that does not fit is an answer, not an error
+    if (!ok || fit == 0) limit = fit = 0;
+    if (cooperative == 0) fit = std::min(fit, 1);  // several clusters a sample need a cooperative launch
+    value = (static_cast<int64_t>(fit) << 32 | limit) + 1;
+    slot.store(value, std::memory_order_release);
+  }
+  --value;
+  return {static_cast<size_t>(value & 0xffffffff), static_cast<int>(value >> 32)};
+}
+
+struct Choice {
+  const Kernels* kernels;
+  ClusterPlan plan;
+  int threads;
+  size_t shared_bytes;
+};
+
+bool choose(const Source& s, const fera_filters& f, ClusterTask task, Choice* choice) {
+  if (f.blurs != 0 || s.dtype == FERA_F64 || s.n <= 0 || s.p <= 0 || s.n > 65535 || s.whole.stride_w != 1) return false;
+  if (s.signals == 2 && (s.minus[0].stride_w != 1 || s.minus[1].stride_w != 1)) return false;
+  for (const Kernels& k : kKernels) {
+    if (k.h != s.h || k.w != s.w) continue;
+    const Limits limits = limits_of(k);
+    if (limits.shared == 0) return false;
+    ClusterPlan p{};
+    p.pairs = s.pairs();
+    const bool fecl = task == ClusterTask::fecl;
+    // FECL's sums come from one cluster. Else clusters share a sample, two planes each, while the machine has room;
+    // where they meet at the grid's barrier all of them must run side by side.
+    const int64_t room = task == ClusterTask::energies ? limits.clusters / s.n : 2 * kMultiprocessors / (s.n * k.size);
+    p.clusters = fecl ? 1 : static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(ceil_div(p.pairs, 2), room)));
+    p.pairs_of = ceil_div(p.pairs, p.clusters);
+    p.clusters = ceil_div(p.pairs, p.pairs_of);
+    // Small blocks where several fit on a multiprocessor and there are as many.
+    const bool crowded = p.pairs_of <= 2 && s.n * p.clusters * k.size > kMultiprocessors;
+    choice->threads = std::max(crowded ? 128 : 256, ceil_div(k.least_threads, 32) * 32);
+    for (p.pairs_at_once = fecl ? p.pairs : std::min(p.pairs_of, 4); p.pairs_at_once > 0;
+         p.pairs_at_once = fecl ? 0 : p.pairs_at_once / 2) {
+      choice->shared_bytes = k.shared_bytes(p, s.signals, f.bands, choice->threads);
+      if (choice->shared_bytes > limits.shared) continue;
+      choice->kernels = &k;
+      choice->plan = p;
+      return true;
+    }
+    return false;
+  }
+  return false;
+}
+
+// The clusters' partial sums and the samples' losses.
+struct Layout {
+  double *partial, *losses;
+  size_t bytes;
+
+  Layout(const Source& s, const fera_filters& f, int clusters, void* base) {
+    Workspace workspace(base);
+    partial = workspace.take<double>(clusters > 1 ? s.n * clusters * s.signals * (f.bands + 1) : 0);
+    losses = workspace.take<double>(s.signals == 2 ? s.n : 0);
+    bytes = workspace.used();
+  }
+};
+
+template <class... Parameters, class... Arguments>
+fera_status launch(const char* op, void (*kernel)(Parameters...), const Choice& choice, int64_t samples,
+                   bool cooperative, const fera_context* context, Arguments&&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = choice.kernels->size;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeCooperative;
+  attributes[1].val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(samples * choice.plan.clusters * choice.kernels->size));
+  config.blockDim = dim3(choice.threads);
+  config.dynamicSmemBytes = choice.shared_bytes;
+  config.stream = stream_of(context);
+  config.attrs = attributes;
+  config.numAttrs = cooperative ? 2 : 1;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+  return launch_status(op);
+}
+
+__global__ void __launch_bounds__(32) cluster_mean(int64_t samples, const double* losses, float* loss) {
+  mean_of_losses(samples, losses, loss);
+}
+
+fera_status launch_mean(const char* op, int64_t samples, const double* losses, float* loss,
+                        const fera_context* context) {
+  cluster_mean<<<1, 32, 0, stream_of(context)>>>(samples, losses, loss);
+  return launch_status(op);
+}
+
+const float* masks_of(const fera_filters& f) { return static_cast<const float*>(f.table); }
+
+}  // namespace
+
+bool cluster_takes(const Source& source, const fera_filters& filters, ClusterTask task) {
+  Choice choice;
+  return choose(source, filters, task, &choice);
+}
+
+size_t cluster_workspace(const Source& source, const fera_filters& filters) {
+  if (source.n <= 0) return 0;
+  return Layout(source, filters, (source.pairs() + 1) / 2 + 1, nullptr).bytes;
+}
+
+fera_status cluster_energies_launch(const char* op, const Source& source, const fera_filters& filters,
+                                    const Finish<float>& finish, float* loss, const fera_context* context) {
+  Choice choice;
+  if (!choose(source, filters, ClusterTask::energies, &choice)) return FERA_UNSUPPORTED;
+  const Layout layout(source, filters, choice.plan.clusters, context->workspace);
+  FERA_RETURN_IF_ERROR(launch(op, choice.kernels->energies, choice, source.n, choice.plan.clusters > 1, context, source,
+                              choice.plan, masks_of(filters), static_cast<int>(filters.bands), finish, layout.partial));
+  return loss == nullptr ? FERA_OK : launch_mean(op, source.n, finish.losses, loss, context);
+}
+
+fera_status cluster_adjoint_launch(const char* op, const Source& source, const fera_filters& filters,
+                                   const Coefficients& from, const Output& dz, const double* means, float* loss,
+                                   const fera_context* context) {
+  Choice choice;
+  if (!choose(source, filters, ClusterTask::adjoint, &choice)) return FERA_UNSUPPORTED;
+  const ClusterGradient to{dz, from, 0, 0, nullptr, nullptr, means, loss};
+  return launch(op, choice.kernels->gradient, choice, source.n, false, context, source, choice.plan, masks_of(filters),
+                static_cast<int>(filters.bands), to);
+}
+
+fera_status cluster_fecl_launch(const char* op, const Source& source, const fera_filters& filters, double eps,
+                                float* loss, float* gradient, double* factor, const fera_context* context) {
+  Choice choice;
+  if (!choose(source, filters, ClusterTask::fecl, &choice)) return FERA_UNSUPPORTED;
+  const Layout layout(source, filters, choice.plan.clusters, context->workspace);
+  const int64_t plane = static_cast<int64_t>(source.h) * source.w;
+  const View view{gradient, source.p * plane, plane, source.w, 1};
+  const ClusterGradient to{{view, true},  {},      eps,    1.0 / static_cast<double>(source.n), factor,
+                           layout.losses, nullptr, nullptr};
+  FERA_RETURN_IF_ERROR(launch(op, choice.kernels->gradient, choice, source.n, false, context, source, choice.plan,
+                              masks_of(filters), static_cast<int>(filters.bands), to));
+  return launch_mean(op, source.n, layout.losses, loss, context);
+}
+
+}  // namespace fera::cuda

@@ -1,0 +1,465 @@
+// Spectral filters of the usual latent sizes in one launch: a thread block cluster holds a sample in its shared
+// memories.
+//
+// Two real planes of a signal make one complex plane: every mask is symmetric, so nothing is untangled. A cluster of
+// S blocks splits every plane: block c transforms rows [c rows, (c+1) rows) along W, hands each frequency to the block
+// that owns its column through distributed shared memory, and then transforms columns [c cols, (c+1) cols) along H.
+// An axis of n = n1 n2 points is two butterflies in registers, n1 points and then n2, in place: input i of a butterfly
+// and its result i lie in the same spot, so the spectrum is in digit-reversed order and never sorted:
+//   rows[j + i w2] -> i w2 + j;  rows[b w2 + i] -> frequency b + i w1.
+// Samples with many planes are shared by several clusters, which meet at the grid's barrier to add up.
+//
+// Such a launch lives on latency: with height, width and cluster size known to the compiler, a warp runs some 700
+// instructions from its first load to its last barrier at 64 x 64 (2500 with the sizes in registers: README).
+// Requires sm_90, unit stride along W and float32, float16 or bfloat16.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include "band_energy/cluster_size.cuh"
+#include "band_energy/energies.cuh"
+#include "band_energy/finish_warp.cuh"
+
+namespace fera::cuda {
+
+// ---- distributed shared memory ----
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ uint32_t remote_address(uint32_t local, int rank) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
+  return remote;
+}
+__device__ __forceinline__ void store_remote(uint32_t address, float4 v) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z),
+               "f"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_remote(uint32_t address, double v) {
+  asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(address), "d"(v) : "memory");
+}
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_arrive_relaxed() {  // for blocks that have nothing to show yet
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+__device__ __forceinline__ void copy_async(float* to, const float* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+constexpr int kClusterThreads = 256;                   // at most
+constexpr int kQuadruples = (FERA_MAX_BANDS + 4) / 4;  // of weights, with the whole norm's
+
+// ---- what a launch is told ----
+struct ClusterPlan {
+  int pairs;          // complex planes a sample and signal
+  int pairs_at_once;  // planes of every signal in shared memory together
+  int clusters;       // of a sample; each takes pairs_of pairs
+  int pairs_of;
+};
+
+struct ClusterShared {
+  float2 *rows, *columns;  // (signals, pairs_at_once) planes of row_plane, of column_plane elements
+  float4* slab;            // (groups, H, cols), by frequency
+  double* arrived;         // (S, warps, signals, 4 groups)
+};
+
+template <class F>
+struct ClusterScene {
+  const Source& source;
+  const ClusterPlan& plan;
+  const float* masks;
+  int bands, groups, rank, cluster;  // cluster: which of the sample's
+  int64_t n;
+  ClusterShared shared;
+};
+
+// Blocks and warps times signals times quadruples of sums.
+__host__ __device__ constexpr int cluster_sums(int size, int threads, int signals, int bands) {
+  return size * (threads / 32) * signals * 4 * (bands / 4 + 1);
+}
+
+template <class F>
+size_t cluster_shared_bytes(const ClusterPlan& p, int signals, int bands, int threads) {
+  return sizeof(float4) * (bands / 4 + 1) * F::H * F::cols +
+         sizeof(double) * cluster_sums(F::S, threads, signals, bands) +
+         sizeof(float2) * signals * p.pairs_at_once * (F::column_plane + F::row_plane);
+}
+
+template <class F>
+__device__ __forceinline__ ClusterShared cluster_shared(unsigned char* raw, const ClusterPlan& p, int signals,
+                                                        int bands) {
+  ClusterShared s;
+  s.slab = reinterpret_cast<float4*>(raw);
+  s.arrived = reinterpret_cast<double*>(s.slab + (bands / 4 + 1) * F::H * F::cols);
+  s.columns = reinterpret_cast<float2*>(s.arrived + cluster_sums(F::S, blockDim.x, signals, bands));
+  s.rows = s.columns + signals * p.pairs_at_once * F::column_plane;
+  return s;
+}
+
+// ---- phases ----
+
+// Weights of the block's columns, on their way to slab[] until await_copies().
+template <class F>
+__device__ __forceinline__ void cluster_weights(const ClusterScene<F>& c) {
+  constexpr int H = F::H, W = F::W, plane = H * (W / 2 + 1);
+#pragma unroll 1
+  for (int g = 0; g < c.groups; ++g)
+#pragma unroll 1
+    for (unsigned t = threadIdx.x; t < H * F::cols; t += blockDim.x) {
+      const int u = t / F::cols, x = min(c.rank * F::cols + t % F::cols, W - 1);
+      float* to = reinterpret_cast<float*>(c.shared.slab + g * H * F::cols + t);
+      const bool mirrored = x > W / 2;
+      const float* from =
+          c.masks + 4 * g * plane + (mirrored && u > 0 ? H - u : u) * (W / 2 + 1) + (mirrored ? W - x : x);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (4 * g + i < c.bands)
+          copy_async(to + i, from + i * plane);
+        else
+          to[i] = 4 * g + i == c.bands ? 1.0f : 0.0f;
+      }
+    }
+}
+
+template <class T, int R, int M>
+__device__ __forceinline__ void load_strided(const T* from, float* a, bool subtract) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    const float v = widen(from[i * M]);
+    a[2 * i] = subtract ? a[2 * i] - v : v;
+  }
+}
+
+// Pairs [first, first + pairs) of signal 0, then of signal 1: global memory -> first butterfly -> lines in rows[].
+template <class F>
+__device__ __forceinline__ void cluster_rows_first(const ClusterScene<F>& c, int first, int pairs) {
+  constexpr int R = F::w1, M = F::w2;
+#pragma unroll 1
+  for (unsigned t = threadIdx.x; t < unsigned(c.source.signals * pairs * F::rows * M); t += blockDim.x) {
+    const unsigned j = t % M, line = t / M, row = line % F::rows, plane = line / F::rows;
+    const int s = static_cast<int>(plane) >= pairs, y = c.rank * F::rows + row, p = 2 * (first + plane - s * pairs);
+    const bool inside = (F::even_rows || y < F::H) && p < c.source.p, two = p + 1 < c.source.p;
+    float2 a[R];
+#pragma unroll
+    for (int i = 0; i < R; ++i) a[i] = {0, 0};
+    if (inside) {
+      auto load = [&](auto tag) {
+        using T = decltype(tag);
+        auto from = [&](const View& v) {
+          return static_cast<const T*>(v.data) + c.n * v.stride_n + p * v.stride_p + y * v.stride_h + j;
+        };
+        const T* whole = from(c.source.whole);
+        load_strided<T, R, M>(whole, &a[0].x, false);
+        if (two) load_strided<T, R, M>(whole + c.source.whole.stride_p, &a[0].y, false);
+        if (c.source.signals == 2) {
+          const View& other = c.source.minus[s];
+          const T* minus = from(other);
+          load_strided<T, R, M>(minus, &a[0].x, true);
+          if (two) load_strided<T, R, M>(minus + other.stride_p, &a[0].y, true);
+        }
+      };
+      if (c.source.dtype == FERA_F32)
+        load(float{});
+      else if (c.source.dtype == FERA_BF16)
+        load(Bfloat{});
+      else
+        load(Half{});
+    }
+    float2 root[R];
+    powers_of<R>(kRoots<F::W>.root[j], root);
+    dft<R>(a);
+    float2* to = c.shared.rows + plane * F::row_plane + row * F::row_pitch + j;
+    to[0] = a[0];
+#pragma unroll
+    for (int i = 1; i < R; ++i) to[i * F::row_step] = times(a[i], root[i]);
+  }
+}
+
+// The second butterfly of the same rows -> parcels, in the lines' place, by the block that owns the frequency.
+template <class F>
+__device__ __forceinline__ void cluster_rows_last(const ClusterScene<F>& c, int planes) {
+  constexpr int R = F::w2, B = F::w1;
+  const unsigned at_once = blockDim.x / (F::rows * B);
+#pragma unroll 1
+  for (int done = 0; done < planes; done += at_once) {
+    const unsigned t = threadIdx.x, row = t % F::rows, rest = t / F::rows, b = rest % B, plane = done + rest / B;
+    const bool mine = rest / B < at_once && plane < static_cast<unsigned>(planes);
+    float2* to = c.shared.rows + plane * F::row_plane;
+    float2 a[R];
+    if (mine) {
+      const float2* from = to + row * F::row_pitch + b * F::row_step;
+#pragma unroll
+      for (int i = 0; i < R; ++i) a[i] = from[i];
+      dft<R>(a);
+    }
+    __syncthreads();
+    if (mine)
+#pragma unroll
+      for (int i = 0; i < R; ++i) {
+        const unsigned x = b + i * B;
+        to[x / F::cols * F::parcel + x % F::cols * (F::rows | 1) + row] = a[i];
+      }
+  }
+}
+
+// Parcels of `planes` planes to the blocks they are for: to + plane to_plane + sender Parcel, 16 bytes a lane, so that
+// what crosses between multiprocessors crosses in large pieces. The block is synchronised on entry.
+template <class F, int Parcel>
+__device__ __forceinline__ void cluster_send_parcels(const ClusterScene<F>& c, const float2* from, int from_plane,
+                                                     float2* to, int to_plane, int planes) {
+  constexpr unsigned pieces = Parcel * sizeof(float2) / sizeof(float4);
+#pragma unroll 4
+  for (unsigned t = threadIdx.x; t < planes * F::S * pieces; t += blockDim.x) {
+    const unsigned piece = t % pieces, rest = t / pieces, plane = rest / F::S;
+    const int block = (rest + c.rank) % F::S;  // not everyone to the same block first
+    const float4 v = reinterpret_cast<const float4*>(from + plane * from_plane + block * Parcel)[piece];
+    const uint32_t at = shared_address(to + plane * to_plane + c.rank * Parcel) + piece * sizeof(float4);
+    store_remote(remote_address(at, block), v);
+  }
+  __syncwarp();  // the cluster's barrier, next, wants whole warps
+}
+
+// The first butterfly of every column, in place.
+template <class F>
+__device__ __forceinline__ void cluster_columns_first(const ClusterScene<F>& c, int planes) {
+  constexpr int R = F::h1, M = F::h2;
+#pragma unroll 1
+  for (unsigned t = threadIdx.x; t < unsigned(planes * F::cols * M); t += blockDim.x) {
+    const unsigned j = t % M, line = t / M, col = line % F::cols;
+    float2* at = c.shared.columns + line / F::cols * F::column_plane;
+    float2 a[R], root[R];
+#pragma unroll
+    for (int i = 0; i < R; ++i) a[i] = at[F::column_at(col, i, j)];
+    powers_of<R>(kRoots<F::H>.root[j], root);
+    dft<R>(a);
+#pragma unroll
+    for (int i = 0; i < R; ++i) at[F::column_at(col, i, j)] = i == 0 ? a[0] : times(a[i], root[i]);
+  }
+}
+
+// float32 sums are right as they are while the powers stay clear of the ends of its range, also times a mask's values.
+__device__ __forceinline__ bool safe_power(float total) { return total > 1e-16f && total < 1e25f; }
+
+// The second butterfly of every signal's columns and the weighted powers, added to `carried` (signal, quadruple): lanes
+// 0, 8, 16 and 24 of each warp hold bands 4g ... 4g + 3. Keep writes the spectrum back.
+template <class F, bool Keep>
+__device__ __forceinline__ void cluster_columns_last(const ClusterScene<F>& c, int pairs,
+                                                     double (&carried)[2][kQuadruples]) {
+  constexpr int R = F::h2, B = F::h1;
+  const int lane = threadIdx.x % 32, items = pairs * F::cols * B, warps_of = (items + 31) / 32;
+  const int valid = F::even_cols ? F::cols : max(0, min(F::cols, F::W - c.rank * F::cols));
+#pragma unroll 1
+  for (int i = threadIdx.x / 32; i < c.source.signals * warps_of; i += blockDim.x / 32) {
+    const int s = i >= warps_of;
+    const unsigned t = 32 * (i - s * warps_of) + lane, col = t % F::cols, rest = t / F::cols, b = rest % B,
+                   pair = rest / B;
+    const bool active = t < unsigned(items) && (F::even_cols || col < unsigned(valid));
+    float power[R];
+    float2* at = c.shared.columns + (s * pairs + pair) * F::column_plane;
+    float scale = 1;
+    int exponent = 0;
+    auto powers = [&](auto scaled) {
+      float total = 0;
+      float2 a[R];
+#pragma unroll
+      for (int i = 0; i < R; ++i) a[i] = active ? at[F::column_at(col, b, i)] : float2{0, 0};
+      if (!Keep || !scaled) dft<R>(a);
+      if (Keep && !scaled && active)
+#pragma unroll
+        for (int i = 0; i < R; ++i) at[F::column_at(col, b, i)] = a[i];
+#pragma unroll
+      for (int i = 0; i < R; ++i) {
+        const float re = scaled ? a[i].x * scale : a[i].x, im = scaled ? a[i].y * scale : a[i].y;
+        power[i] = fmaf(re, re, im * im);
+        total += power[i];
+      }
+      return total;
+    };
+    // A lane without a butterfly has nothing to save.
+    const bool safe = safe_power(powers(Index<0>{})) || !active;
+    if (!__all_sync(0xffffffffu, safe)) {  // far from 1, zero, infinite or NaN: scale by a power of two
+      unsigned bits = 0;
+      if (active)
+#pragma unroll 1
+        for (int i = 0; i < R; ++i) {
+          const float2 v = at[F::column_at(col, b, i)];
+          bits = max(bits, max(__float_as_uint(v.x) & 0x7fffffffu, __float_as_uint(v.y) & 0x7fffffffu));
+        }
+      bits = __reduce_max_sync(0xffffffffu, bits);
+      exponent = bits == 0 || bits >= 0x7f800000u ? 0 : max(-126, min(120, ilogbf(__uint_as_float(bits)) + 6));
+      scale = scalbnf(1.0f, -exponent);
+      if (bits != 0) powers(Index<1>{});
+    }
+    const double back = __hiloint2double((1023 + 2 * exponent) << 20, 0);
+#pragma unroll 1
+    for (int g = 0; g < c.groups; ++g) {
+      const float4* weights = c.shared.slab + (g * F::H + b) * F::cols + col;
+      float4 sum{0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < R; ++i) {
+        const float4 w = weights[i * B * F::cols];
+        sum = {fmaf(power[i], w.x, sum.x), fmaf(power[i], w.y, sum.y), fmaf(power[i], w.z, sum.z),
+               fmaf(power[i], w.w, sum.w)};
+      }
+      // Four sums in six shuffles: halve the values while halving the lanes.
+      const bool high = lane & 16, odd = lane & 8;
+      float p = high ? sum.z : sum.x, q = high ? sum.w : sum.y;
+      p += __shfl_xor_sync(0xffffffffu, high ? sum.x : sum.z, 16);
+      q += __shfl_xor_sync(0xffffffffu, high ? sum.y : sum.w, 16);
+      float r = odd ? q : p;
+      r += __shfl_xor_sync(0xffffffffu, odd ? p : q, 8);
+#pragma unroll
+      for (int offset = 4; offset > 0; offset /= 2) r += __shfl_xor_sync(0xffffffffu, r, offset);
+      carried[s][g] += r * back;
+    }
+  }
+}
+
+// This warp's sums to arrived[] of the first `blocks` blocks.
+template <class F>
+__device__ __forceinline__ void cluster_send(const ClusterScene<F>& c, const double (&carried)[2][kQuadruples],
+                                             int blocks) {
+  const int lane = threadIdx.x % 32, warp = c.rank * (blockDim.x / 32) + threadIdx.x / 32;
+  if (lane % 8 == 0) {
+#pragma unroll 1
+    for (int s = 0; s < c.source.signals; ++s)
+#pragma unroll 1
+      for (int g = 0; g < c.groups; ++g) {
+        const double* to = c.shared.arrived + ((warp * c.source.signals + s) * c.groups + g) * 4 + lane / 8;
+#pragma unroll 1
+        for (int block = 0; block < blocks; ++block)
+          store_remote(remote_address(shared_address(to), block), carried[s][g]);
+      }
+  }
+  __syncwarp();
+}
+
+// arrived[] -> sums (signals, K+1), by warp 0, in a fixed order.
+template <class F>
+__device__ __forceinline__ void cluster_add(const ClusterScene<F>& c, double* sums) {
+  const int lane = threadIdx.x, per_signal = 4 * c.groups, entries = c.source.signals * per_signal;
+  const int slots = F::S * (blockDim.x / 32);
+  const double scale = 1.0 / (static_cast<double>(F::H) * F::W);
+#pragma unroll 1
+  for (int k0 = 0; k0 < entries; k0 += 4) {  // lane: entry k0 + lane % 4, every eighth slot
+    double sum = 0;
+#pragma unroll 4
+    for (int i = lane / 4; i < slots; i += 8) sum += c.shared.arrived[i * entries + k0 + lane % 4];
+#pragma unroll
+    for (int offset = 16; offset >= 4; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    const int s = k0 / per_signal, k = k0 - s * per_signal + lane;
+    if (lane < 4 && k <= c.bands) sums[s * (c.bands + 1) + k] = sum * scale;
+  }
+  __syncwarp();
+}
+
+// From global memory to the columns after their first butterfly, for pairs [first, first + pairs). Every block of the
+// cluster has arrived, or will, for the barrier that says that its columns may be written to.
+template <class F>
+__device__ __forceinline__ void cluster_forward(const ClusterScene<F>& c, int first, int pairs) {
+  const int planes = c.source.signals * pairs;
+  cluster_rows_first<F>(c, first, pairs);
+  __syncthreads();
+  cluster_rows_last<F>(c, planes);
+  __syncthreads();
+  cluster_wait();
+  cluster_send_parcels<F, F::parcel>(c, c.shared.rows, F::row_plane, c.shared.columns, F::column_plane, planes);
+  cluster_arrive();
+  await_copies();  // the weights, the first time
+  cluster_wait();
+  cluster_columns_first<F>(c, planes);
+  __syncthreads();
+}
+
+// The mean of the samples' losses. One block of one warp, or one warp of a larger one.
+__device__ inline void mean_of_losses(int64_t samples, const double* losses, float* loss) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < samples; i += 32) sum += losses[i];
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  if (threadIdx.x == 0) *loss = static_cast<float>(sum / static_cast<double>(samples));
+}
+
+// grid N * clusters * S, clusters of S blocks. With several clusters a sample the launch is cooperative and partial
+// (N, clusters, signals, K+1) takes each one's sums; the first adds them up.
+template <class F>
+__global__ void __launch_bounds__(kClusterThreads, 2)
+    cluster_energies(const __grid_constant__ Source source, const __grid_constant__ ClusterPlan plan,
+                     const float* masks, int bands, const __grid_constant__ Finish<float> finish, double* partial) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(16) unsigned char raw[];
+  __shared__ double sums[2 * (FERA_MAX_BANDS + 4)];
+  __shared__ float indicator[FERA_MAX_BANDS];
+  __shared__ FinishShared finish_shared;
+  const int which = blockIdx.x / F::S;
+  const int64_t n = which / plan.clusters;
+  const ClusterScene<F> c{source,
+                          plan,
+                          masks,
+                          bands,
+                          bands / 4 + 1,
+                          cluster_rank(),
+                          which - static_cast<int>(n) * plan.clusters,
+                          n,
+                          cluster_shared<F>(raw, plan, source.signals, bands)};
+  cluster_arrive_relaxed();  // it has started, and may be written to
+  cluster_weights<F>(c);
+  const bool warp_routes = finish.losses == nullptr && finish.gate != nullptr && WarpRouter::takes(finish.router);
+  const bool last = c.rank == 0 && c.cluster == 0;  // the block that finishes the sample
+  WarpRouter router;
+  if (last && threadIdx.x < 32 && warp_routes) router.load(finish.router);
+  double carried[2][kQuadruples] = {};
+  const int end = min(plan.pairs, (c.cluster + 1) * plan.pairs_of);
+#pragma unroll 1
+  for (int first = c.cluster * plan.pairs_of; first < end; first += plan.pairs_at_once) {
+    if (first > c.cluster * plan.pairs_of) {
+      __syncthreads();
+      cluster_arrive();  // its columns may be overwritten
+    }
+    const int here = min(plan.pairs_at_once, end - first);
+    cluster_forward<F>(c, first, here);
+    cluster_columns_last<F, false>(c, here, carried);
+  }
+  cluster_send<F>(c, carried, 1);
+  cluster_arrive();
+  if (plan.clusters == 1 && c.rank != 0) return;
+  cluster_wait();
+  if (c.rank == 0 && threadIdx.x < 32) cluster_add<F>(c, sums);
+  if (plan.clusters > 1) {
+    const int entries = source.signals * (bands + 1), lane = threadIdx.x;
+    if (c.rank == 0 && lane < 32)
+      for (int k = lane; k < entries; k += 32) partial[(n * plan.clusters + c.cluster) * entries + k] = sums[k];
+    cooperative_groups::this_grid().sync();
+    if (!last) return;
+    if (lane < 32)
+      for (int k = lane; k < entries; k += 32) {
+        double sum = 0;
+#pragma unroll 4
+        for (int i = 0; i < plan.clusters; ++i) sum += __ldcg(partial + (n * plan.clusters + i) * entries + k);
+        sums[k] = sum;
+      }
+  }
+  if (warp_routes) {
+    if (threadIdx.x >= 32) return;
+    __syncwarp();
+    const Indicator share(finish, n, sums);
+    router.route(finish.router, share.value, finish.gate + n * finish.router.experts);
+  } else {
+    __syncthreads();
+    finish_sample(finish, n, sums, indicator, finish_shared);
+  }
+#else
+  asm("trap;");  // an older image has no clusters: limits_of never chooses it
+#endif
+}
+
+}  // namespace fera::cuda

@@ -1,0 +1,30 @@
+// The variant of the band kernels for the usual latent sizes on sm_90: host side. See cluster.cuh.
+#pragma once
+
+#include "band_energy/energies.cuh"
+#include "band_energy/finish.cuh"
+
+namespace fera::cuda {
+
+// fecl: energies, loss and gradient in one launch.
+enum class ClusterTask { energies, adjoint, fecl };
+
+// Whether this device, size, dtype and layout have a kernel.
+bool cluster_takes(const Source& source, const fera_filters& filters, ClusterTask task);
+
+size_t cluster_workspace(const Source& source, const fera_filters& filters);
+
+// loss: the mean of finish.losses, by a launch of its own; or NULL.
+fera_status cluster_energies_launch(const char* op, const Source& source, const fera_filters& filters,
+                                    const Finish<float>& finish, float* loss, const fera_context* context);
+
+// With means (N): their mean goes to loss.
+fera_status cluster_adjoint_launch(const char* op, const Source& source, const fera_filters& filters,
+                                   const Coefficients& from, const Output& dz, const double* means, float* loss,
+                                   const fera_context* context);
+
+// FECL's loss, and its gradient divided by factor[n]: two launches.
+fera_status cluster_fecl_launch(const char* op, const Source& source, const fera_filters& filters, double eps,
+                                float* loss, float* gradient, double* factor, const fera_context* context);
+
+}  // namespace fera::cuda
