@@ -1,7 +1,8 @@
 """A short side-by-side run: every operator against its plain PyTorch twin, forward and backward, one table.
 
-On a GPU: median time of a CUDA graph replay and of an eager call; on the CPU: median wall time of an eager call.
-`python benchmarks/quick.py [--json FILE]`
+On a GPU: GPU time per call of ten captured in a CUDA graph, and wall time of an eager call; on the CPU: wall time of an
+eager call. Medians, the implementations take turns (fera_ext.bench.timing).
+`python benchmarks/quick.py [--json FILE]`; `fera-ext bench` is the long form.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from fera_ext import ops, reference
 from fera_ext.bands import Bands
+from fera_ext.bench.timing import wall
+from fera_ext.bench.timing_cuda import GpuTimer
+
+CALLS = 10
 
 
 def published_linear(x, weight, bias, lora_a, lora_b, gate, scale):
@@ -85,58 +89,21 @@ def step(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> None:
     torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
-def interleaved(calls: dict[str, Callable[[], None]], seconds: float = 0.4) -> dict[str, float]:
-    """Median milliseconds of each call; the calls take turns, so that a disturbance meets them all."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    end = time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < end or min(map(len, times.values())) < 5:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def graphed(call: Callable[[], None]) -> Callable[[], None] | None:
-    """``call`` captured into a CUDA graph, or None where it cannot be."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        return None
-
-    def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
-
-    return replay
-
-
-def runs_of(calls: Calls, leaves: list[torch.Tensor], device: torch.device) -> dict[str, dict[str, Callable[[], None]]]:
-    """The timed runs by mode: eager, and captured on a GPU."""
-
-    def eager(call: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            step(call, leaves)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        return run
-
-    modes = {"eager": {name: eager(call) for name, call in calls.items()}}
-    if device.type == "cuda":
-        captured = {name: graphed(functools.partial(step, call, leaves)) for name, call in calls.items()}
-        modes["graph"] = {name: replay for name, replay in captured.items() if replay is not None}
-    return modes
+def times_of(
+    calls: Calls, leaves: list[torch.Tensor], device: torch.device, timer: GpuTimer | None
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds by mode (eager, and captured on a GPU) and implementation."""
+    runs = {name: functools.partial(step, call, leaves) for name, call in calls.items()}
+    found = {"eager": wall(runs, device, rounds=30, batch_seconds=5e-3)}
+    if timer:
+        graphs = {}
+        for name, run in runs.items():
+            try:
+                graphs[name] = timer.capture(run, CALLS)
+            except RuntimeError as error:
+                print(f"{name} is not captured: {str(error).splitlines()[0]}")
+        found["graph"] = timer.warm(graphs, CALLS)
+    return {mode: {name: 1e-3 * t.median for name, t in times.items()} for mode, times in found.items()}
 
 
 def main() -> None:
@@ -145,15 +112,16 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    timer = GpuTimer(device) if device.type == "cuda" else None
     names = ("ours", "torch", "published")
     rows = []
     print(f"{'forward + backward, ms':<58}{'mode':>7}" + "".join(f"{n:>11}" for n in names))
-    for name, calls, leaves in cases(device, dtype):
-        for mode, runs in runs_of(calls, leaves, device).items():
-            times = interleaved(runs)
-            rows.append({"case": name, "mode": mode, "ms": times})
-            shown = "".join(f"{times[n]:>11.3f}" if n in times else f"{'':>11}" for n in names)
-            print(f"{name:<58}{mode:>7}{shown}")
+    with timer.stream_context() if timer else nullcontext():
+        for name, calls, leaves in cases(device, dtype):
+            for mode, times in times_of(calls, leaves, device, timer).items():
+                rows.append({"case": name, "mode": mode, "ms": times})
+                shown = "".join(f"{times[n]:>11.3f}" if n in times else f"{'':>11}" for n in names)
+                print(f"{name:<58}{mode:>7}{shown}")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"on {where}, torch {torch.__version__}")
     if options.json:

@@ -1,0 +1,508 @@
+"""What is timed: options, cases, contenders; the shapes and band definitions of the benchmarks, and the goals."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fera_ext.bands import Bands
+from fera_ext.bench import variants
+
+if TYPE_CHECKING:
+    from fera_ext.bench.runner import Session
+
+Shape = tuple[int, ...]
+
+SHAPES: tuple[Shape, ...] = (
+    (1, 4, 64, 64),
+    (4, 4, 64, 64),
+    (4, 4, 128, 128),
+    (4, 4, 104, 152),
+    (14, 4, 72, 128),
+    (4, 16, 128, 128),
+    (4, 16, 104, 156),
+    (32, 16, 128, 128),
+    (1, 14, 4, 72, 128),
+    (4, 14, 4, 72, 128),
+)
+"""The latents timed by default: what SD1.5, SDXL, SD3, FLUX and SVD trainers see, (N, ..., H, W)."""
+
+ALL_SHAPES = (
+    *SHAPES,
+    *(
+        shape
+        for batch in (1, 2, 4, 8)
+        for tail in ((4, 64, 64), (4, 128, 128), (16, 128, 128), (4, 104, 152), (14, 4, 72, 128), (16, 104, 156))
+        if (shape := (batch, *tail)) not in SHAPES
+    ),
+)
+QUICK_SHAPES: tuple[Shape, ...] = ((4, 4, 64, 64), (4, 4, 128, 128))
+
+LINEARS: tuple[Shape, ...] = (
+    (4, 4096, 320, 320),
+    (4, 4096, 640, 640),
+    (4, 1024, 1280, 1280),
+    (4, 77, 2048, 1280),
+    (4, 4096, 2432, 2432),
+    (1, 4608, 3072, 3072),
+    (1, 4608, 3072, 12288),
+)
+"""The linears timed by default: (gate rows, tokens of each, in, out)."""
+
+ALL_LINEARS = (
+    *LINEARS,
+    *(
+        shape
+        for batch in (1, 2, 4, 8)
+        for tail in (
+            *((4096, 320, 320), (1024, 640, 640), (256, 1280, 1280), (64, 1280, 1280)),  # SD1.5
+            *((77, 768, 320), (77, 768, 640), (77, 768, 1280)),
+            *((4096, 640, 640), (1024, 1280, 1280), (3952, 640, 640), (988, 1280, 1280)),  # SDXL
+            *((77, 2048, 640), (77, 2048, 1280)),
+            *((4096, 2432, 2432), (4096, 3072, 3072), (512, 3072, 3072)),  # SD3.5, FLUX.1
+            *((4608, 3072, 3072), (4608, 3072, 12288), (4608, 15360, 3072)),
+            *((129024, 320, 320), (32256, 640, 640), (8064, 1280, 1280)),  # SVD, 14 frames
+        )
+        if (shape := (batch, *tail)) not in LINEARS
+    ),
+)
+QUICK_LINEARS: tuple[Shape, ...] = ((4, 4096, 320, 320), (4, 1024, 1280, 1280))
+
+PEERS = ("torch", "compiled", "cufft", "published")
+LINEAR_PEERS = ("frozen", "torch", "compiled", "published", "peft")
+OURS = "fera_ext"
+LIMIT = 1e-3
+"""Largest relative error of a contender's answers against the operator's; more is an error of the benchmark."""
+
+EXPERTS, HIDDEN, TAU = 3, 64, 0.7
+"""The router of the latent_gate benchmarks."""
+
+# Microseconds on one H200, per call of 50 captured in one graph; float32, Bands.dog(3), E = 3.
+_GATE: dict[Shape, int] = {
+    (1, 4, 64, 64): 6,
+    (4, 4, 64, 64): 6,
+    (14, 4, 72, 128): 8,
+    (4, 4, 128, 128): 8,
+    (4, 4, 104, 152): 8,
+    (4, 16, 128, 128): 8,
+    (32, 16, 128, 128): 16,
+}
+_FECL: dict[Shape, int] = {(4, 4, 64, 64): 20, (4, 4, 128, 128): 20, (4, 16, 128, 128): 30}
+GOALS: dict[tuple[str, str], dict[Shape, int]] = {("latent_gate", "forward"): _GATE, ("fecl_loss", "step"): _FECL}
+EAGER_GOALS: dict[tuple[str, str], dict[Shape, int]] = {("fecl_loss", "step"): dict.fromkeys(_FECL, 150)}
+
+LINEAR_GOALS: dict[Shape, dict[int, float]] = {
+    (4, 4096, 320, 320): {12: 2.0, 128: 2.2},
+    (4, 4096, 640, 640): {12: 1.6, 128: 1.75},
+    (4, 1024, 1280, 1280): {12: 1.4, 128: 1.55},
+    (4, 4096, 2432, 2432): {12: 1.12, 128: 1.2},
+    (1, 4608, 3072, 3072): {12: 1.14, 128: 1.22},
+    (1, 4608, 3072, 12288): {12: 1.08, 128: 1.15},
+}
+"""GPU time of a bfloat16 step over the frozen linear's, by the stacked rank R, on one H200."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one run of the benchmark does; :meth:`parse` reads it from the command's arguments."""
+
+    operator: str
+    device: torch.device
+    dtype: torch.dtype
+    shapes: tuple[Shape, ...]
+    bands: tuple[tuple[str, int], ...]
+    passes: tuple[str, ...] | None
+    peers: tuple[str, ...]
+    experts: tuple[tuple[int, int], ...] = ()
+    masters: bool = False
+    variant: str = "auto"
+    rounds: int = 20
+    calls: int = 50
+    batch_seconds: float = 1e-3
+    compile_seconds: float = 45.0
+
+    @staticmethod
+    def parse(
+        operator: str,
+        *,
+        shapes: str = "default",
+        bands: str | None = None,
+        experts: str | None = None,
+        masters: bool = False,
+        passes: str | None = None,
+        peers: str | None = None,
+        dtype: str | None = None,
+        device: str = "auto",
+        variant: str | None = None,
+        quick: bool = False,
+        **rest: Any,
+    ) -> Options:
+        """Options from the command's strings; ``rest`` are fields as they are.
+
+        Raises:
+            ValueError: an argument that is none of those allowed; the message names them.
+        """
+        where = pick_device(device)
+        linear = operator == "expert_linear"
+        others = {"bands": bands} if linear else {"experts": experts, "masters": masters or None}
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(f"{name} must be left out for {operator}, got {value!r}")
+        if quick:
+            shapes = "quick" if shapes == "default" else shapes
+            bands, experts = bands or "dog,author", experts or "3x4,4x32"
+            rest["rounds"] = min(rest.get("rounds", 10), 10)
+        all_peers = LINEAR_PEERS if linear else PEERS
+        chosen = _subset("peers", peers, all_peers)
+        if chosen is None:
+            chosen = tuple(p for p in all_peers if where.type == "cuda" or p not in ("compiled", "cufft"))
+            chosen = tuple(p for p in chosen if not (quick and p == "compiled"))
+        kind = _one("dtype", dtype or ("bfloat16" if linear else "float32"), ("float32", "bfloat16", "float16"))
+        return Options(
+            operator,
+            where,
+            getattr(torch, kind),
+            parse_linears(shapes) if linear else parse_shapes(shapes),
+            () if linear else parse_bands(bands or "dog,rings,author,custom"),
+            _subset("passes", passes, ("forward", "backward", "step")),
+            chosen,
+            parse_experts(experts or "3x4,4x32,8x64") if linear else (),
+            masters,
+            variant or variants(operator)[1][0],
+            **rest,
+        )
+
+
+def _one(name: str, got: str, allowed: Sequence[str]) -> str:
+    if got not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {got!r}")
+    return got
+
+
+def _subset(name: str, text: str | None, allowed: Sequence[str]) -> tuple[str, ...] | None:
+    """Names out of a comma-separated list, in the order of ``allowed``; "none" is the empty one."""
+    if text is None:
+        return None
+    wanted = [_one(name, part, (*allowed, "none")) for part in text.split(",")]
+    return tuple(a for a in allowed if a in wanted)
+
+
+def pick_device(asked: str) -> torch.device:
+    """``cpu`` or ``cuda``, or the GPU if there is one for ``auto``.
+
+    Raises:
+        ValueError: an unknown device, or cuda where this machine or build has none.
+    """
+    from fera_ext._build_info import INFO
+
+    usable = bool(torch.cuda.is_available() and INFO["operators_cuda"])
+    _one("device", asked, ("cpu", "cuda", "auto"))
+    if asked == "cuda" and not usable:
+        raise ValueError("device must be cpu without a GPU and a build with CUDA operators, got 'cuda'")
+    return torch.device("cuda" if usable and asked != "cpu" else "cpu")
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """``4x4x64x64,1x14x4x72x128`` to tuples; ``default``, ``all`` and ``quick`` are lists.
+
+    Raises:
+        ValueError: fewer than three axes, no number, or a latent's side outside 1 to 512.
+    """
+    lists = {"default": SHAPES, "all": ALL_SHAPES, "quick": QUICK_SHAPES}
+    if text in lists:
+        return lists[text]
+    found = []
+    for part in text.split(","):
+        numbers = part.split("x")
+        if len(numbers) < 3 or not all(n.isascii() and n.isdigit() and int(n) > 0 for n in numbers):
+            raise ValueError(f"shapes must be default, all, or like 4x4x64x64,1x14x4x72x128, got {part!r}")
+        shape = tuple(map(int, numbers))
+        if max(shape[-2:]) > 512:
+            raise ValueError(f"shapes must have heights and widths from 1 to 512, got {part!r}")
+        found.append(shape)
+    return tuple(dict.fromkeys(found))
+
+
+def parse_linears(text: str) -> tuple[Shape, ...]:
+    """``4x4096x320x320`` to (gate rows, tokens of each, in, out); ``default``, ``all`` and ``quick`` are lists.
+
+    Three numbers are all the tokens, in and out: the default shape of that size, else one gate row.
+
+    Raises:
+        ValueError: neither three nor four positive numbers.
+    """
+    lists = {"default": LINEARS, "all": ALL_LINEARS, "quick": QUICK_LINEARS}
+    if text in lists:
+        return lists[text]
+    known = {(g * t, i, o): (g, t, i, o) for g, t, i, o in LINEARS}
+    found: list[Shape] = []
+    for part in text.split(","):
+        numbers = part.split("x")
+        if len(numbers) not in (3, 4) or not all(n.isascii() and n.isdigit() and int(n) > 0 for n in numbers):
+            raise ValueError(f"shapes must be default, all, or like 4x4096x320x320,4608x3072x3072, got {part!r}")
+        shape = tuple(map(int, numbers))
+        found.append(shape if len(shape) == 4 else known.get((shape[0], shape[1], shape[2]), (1, *shape)))
+    return tuple(dict.fromkeys(found))
+
+
+def parse_experts(text: str) -> tuple[tuple[int, int], ...]:
+    """``3x4,4x32`` to (E, r).
+
+    Raises:
+        ValueError: not two numbers, or a number of experts or an E·r that the operator does not take.
+    """
+    found = []
+    for part in text.split(","):
+        numbers = [int(n) if n.isascii() and n.isdigit() else 0 for n in part.split("x")]
+        if len(numbers) != 2 or not 1 <= numbers[0] <= 32 or not 1 <= numbers[0] * numbers[1] <= 512:
+            raise ValueError(f"experts must be like 3x4,8x64, 1 to 32 of them, E*r from 1 to 512, got {part!r}")
+        found.append((numbers[0], numbers[1]))
+    return tuple(dict.fromkeys(found))
+
+
+def parse_bands(text: str) -> tuple[tuple[str, int], ...]:
+    """``dog,author:4`` to names with their number of bands, 3 unless told.
+
+    Raises:
+        ValueError: an unknown definition or a number it does not take.
+    """
+    found = []
+    for part in text.split(","):
+        name, _, count = part.partition(":")
+        if name not in ("dog", "rings", "author", "custom") or not (count or "3").isdigit():
+            raise ValueError(f"bands must be of dog, rings, author, custom, or like dog:4, got {part!r}")
+        made = make_bands((name, int(count or 3)), 4, 4)  # its own message for a count it does not take
+        found.append((name, made.count))
+    return tuple(dict.fromkeys(found))
+
+
+def make_bands(definition: tuple[str, int], height: int, width: int) -> Bands:
+    """The band definition for latents of ``height`` × ``width`` pixels."""
+    name, count = definition
+    if name != "custom":
+        return Bands(name, (("K", count),))
+    return Bands.custom(custom_masks(count, height, width))
+
+
+def custom_masks(count: int, height: int, width: int) -> Tensor:
+    """(K, H, W//2+1) float64 squared transfers that are no function of the radius alone: angular sectors of
+    the plane of frequencies, |cos|-shaped, that sum to one."""
+    fy = torch.fft.fftfreq(height, dtype=torch.float64).abs()
+    fx = torch.fft.rfftfreq(width, dtype=torch.float64)
+    angle = torch.atan2(fy[:, None].expand(height, len(fx)), fx[None, :].expand(height, len(fx)))
+    place = angle / (0.5 * math.pi) * (count - 1)
+    masks = torch.stack([(1 - (place - k).abs()).clamp_min(0) for k in range(count)])
+    return masks
+
+
+@dataclass
+class Contender:
+    """One implementation of one pass.
+
+    Attributes:
+        name: :data:`OURS`, the same with a forced variant (``fera_ext:tiles``), or one of the peers.
+        run: one call on the current stream; returns the answers: the output, or the gradients, or both.
+        form: which formulation it is, where there are several.
+        captures: False for code no CUDA graph can hold.
+        compiles: whether the first call compiles.
+        comparable: False where the answers are others than the operator's by design; they are not checked.
+        arrange: brings the answers into the operator's form, outside the clocks.
+        work: (bytes, FLOPs) where it has less to do than the case says.
+        environment: variables that stand while it runs, and are put back after.
+    """
+
+    name: str
+    run: Callable[[], tuple[Tensor, ...]]
+    form: str = ""
+    captures: bool = True
+    compiles: bool = False
+    comparable: bool = True
+    arrange: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
+    work: tuple[int, int] | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The environment as the contender wants it."""
+        before = {name: os.environ.get(name) for name in self.environment}
+        os.environ.update(self.environment)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+    def call(self) -> tuple[Tensor, ...]:
+        """One run in its environment; for a clock, :meth:`applied` belongs outside."""
+        with self.applied():
+            return self.run()
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A contender that is not timed in a case, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row group of the table.
+
+    Attributes:
+        operator: the operator's name.
+        shape: what the rows are grouped by, such as ``4x4x64x64``, as ``--shapes`` takes it.
+        bands: the band definition's name, such as ``dog(3)``; empty where there is none.
+        pass_name: ``forward``, ``backward`` or ``step`` (forward and backward).
+        least_bytes: what any implementation must read and write (of the latents); None: no floor.
+        build: makes the contenders, ours first.
+        goal_us, eager_goal_us: microseconds to stay under, where there is a goal.
+        least_flops: FLOPs of the matrix products; None: not bound by products. Where given, calls may be long: a
+            graph holds fewer of them, and there are fewer rounds; peak memory and ratios to ``frozen`` are taken.
+        goal_ratio: GPU time over the contender ``frozen``'s to stay under, where there is a goal.
+        limit: the largest relative error between contenders.
+        fields: further fields of the rows.
+    """
+
+    operator: str
+    shape: str
+    bands: str
+    pass_name: str
+    least_bytes: int | None
+    build: Callable[[Session], Iterable[Contender | Absent]] = field(repr=False)
+    goal_us: float | None = None
+    eager_goal_us: float | None = None
+    least_flops: int | None = None
+    goal_ratio: float | None = None
+    limit: float = LIMIT
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+def chosen_passes(options: Options, passes: Sequence[str]) -> list[str]:
+    """Those of the operator's passes that are asked for.
+
+    Raises:
+        ValueError: none of the passes asked for exists.
+    """
+    chosen = [p for p in passes if options.passes is None or p in options.passes]
+    if not chosen:
+        asked = ", ".join(options.passes or ())
+        raise ValueError(f"passes must be of {', '.join(passes)} for {options.operator}, got {asked!r}")
+    return chosen
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contender is the operator itself, whatever the variant."""
+    return name.partition(":")[0] == OURS
+
+
+Build = Callable[["Session", str, Shape, tuple[str, int]], Iterable["Contender | Absent"]]
+
+
+def latent_cases(
+    options: Options, passes: Sequence[str], traffic: dict[str, int | None], build: Build
+) -> Iterator[Case]:
+    """Cases of an operator on latents, every pass × definition × shape; what is asked most comes first.
+
+    Args:
+        options: the run's.
+        passes: the passes the operator has.
+        traffic: how many latents a pass must at least read and write, None: not the latent's.
+        build: ``build(session, pass, shape, definition)`` makes the contenders.
+
+    Raises:
+        ValueError: none of the passes asked for exists.
+    """
+    for pass_name in chosen_passes(options, passes):
+        for definition in options.bands:
+            for shape in options.shapes:
+                latents = traffic[pass_name]
+                goals = definition == ("dog", 3) and options.dtype == torch.float32
+                key = (options.operator, pass_name)
+                yield Case(
+                    options.operator,
+                    "x".join(map(str, shape)),
+                    f"{definition[0]}({definition[1]})",
+                    pass_name,
+                    None if latents is None else latents * math.prod(shape) * options.dtype.itemsize,
+                    _bound(build, pass_name, shape, definition),
+                    GOALS.get(key, {}).get(shape) if goals else None,
+                    EAGER_GOALS.get(key, {}).get(shape) if goals else None,
+                )
+
+
+def _bound(build: Build, pass_name: str, shape: Shape, definition: tuple[str, int]) -> Any:
+    return lambda session: build(session, pass_name, shape, definition)
+
+
+def draw_latent(shape: Shape, session: Session, seed: int = 0) -> Tensor:
+    """A latent (N, ..., H, W) in the run's dtype: noise over a smooth slope, so that every band holds energy."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return (noise + 2 * torch.linspace(-1, 1, shape[-1])).to(session.device, session.dtype)
+
+
+def differentiable(
+    name: str,
+    function: Callable[..., Tensor],
+    arguments: Sequence[Tensor],
+    leaves: Sequence[int],
+    pass_name: str,
+    gradient: Tensor | None = None,
+    **more: Any,
+) -> Contender:
+    """A contender out of a function that autograd goes through.
+
+    Args:
+        name: the contender's.
+        function: of ``arguments``, to one tensor.
+        arguments: tensors without gradient; they are not changed.
+        leaves: which of them the backward pass reaches.
+        pass_name: ``forward`` builds no graph; ``backward`` differentiates one forward again and again;
+            ``step`` does both.
+        gradient: of the output; None: :func:`upstream`'s.
+        more: further fields of the contender.
+    """
+    if pass_name == "forward":
+        return Contender(name, lambda: (function(*arguments),), **more)
+    inputs = [a.detach().requires_grad_(i in leaves) for i, a in enumerate(arguments)]
+    wanted = [inputs[i] for i in leaves]
+    if pass_name == "step":
+
+        def step() -> tuple[Tensor, ...]:
+            out = function(*inputs)
+            dy = upstream(out) if gradient is None else gradient
+            return (out.detach(), *torch.autograd.grad(out, wanted, dy))
+
+        return Contender(name, step, **more)
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def backward() -> tuple[Tensor, ...]:
+        if not kept:  # in the first call, so that the forward's stream is the timed one
+            out = function(*inputs)
+            kept.append((out, upstream(out) if gradient is None else gradient))
+        return torch.autograd.grad(kept[0][0], wanted, kept[0][1], retain_graph=True)
+
+    return Contender(name, backward, **more)
+
+
+_upstreams: dict[tuple[Any, ...], Tensor] = {}
+
+
+def upstream(out: Tensor) -> Tensor:
+    """A fixed gradient of ``out``: cosines, or 1 for a scalar; made once a shape."""
+    key = (tuple(out.shape), out.dtype, out.device)
+    if key not in _upstreams:
+        values = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape)
+        _upstreams[key] = values.to(out.device, out.dtype)
+    return _upstreams[key]
