@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -32,3 +34,27 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers in every test, and float32 convolutions in float32: cuDNN's default is TF32."""
     torch.manual_seed(0)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random unconditional pipeline."""
+    import helpers_train as parts
+
+    return parts.ddpm(tmp_path_factory.mktemp("ddpm"))
+
+
+@pytest.fixture(scope="session")
+def sd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random Stable Diffusion pipeline."""
+    import helpers_train as parts
+
+    return parts.sd(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of five images."""
+    import helpers_train as parts
+
+    return parts.write_images(tmp_path_factory.mktemp("images"), 5)

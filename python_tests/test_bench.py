@@ -26,6 +26,7 @@ from fera_ext.bench import (
     peers_torch,
     report,
     runner,
+    shapes,
     timing_cuda,
 )
 from fera_ext.bench.timing import spread, wall
@@ -155,14 +156,14 @@ def test_help_is_quick_and_lists_operators() -> None:
 
 
 def test_shapes_and_bands() -> None:
-    assert cases.parse_shapes("4x4x64x64,1x14x4x72x128,4x4x64x64") == ((4, 4, 64, 64), (1, 14, 4, 72, 128))
-    assert cases.parse_shapes("default") == cases.SHAPES
-    assert set(cases.SHAPES) < set(cases.ALL_SHAPES)
+    assert shapes.parse_shapes("4x4x64x64,1x14x4x72x128,4x4x64x64") == ((4, 4, 64, 64), (1, 14, 4, 72, 128))
+    assert shapes.parse_shapes("default") == shapes.SHAPES
+    assert set(shapes.SHAPES) < set(shapes.ALL_SHAPES)
     assert cases.parse_bands("dog,author:4") == (("dog", 3), ("author", 4))
-    for goals in cases.GOALS.values():
-        assert set(goals) <= set(cases.SHAPES)
+    for goals in shapes.GOALS.values():
+        assert set(goals) <= set(shapes.SHAPES)
     quick = cases.Options.parse("band_energy", device="cpu", quick=True)
-    assert quick.shapes == cases.QUICK_SHAPES
+    assert quick.shapes == shapes.QUICK_SHAPES
     assert [name for name, _ in quick.bands] == ["dog", "author"]
 
 
@@ -256,7 +257,7 @@ def test_spread() -> None:
 @pytest.mark.parametrize("operator", LATENTS)
 def test_gpu_columns(operator: str, fake_cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing_cuda, "launches", lambda runs: [2 for _ in runs])
-    for goals in (cases.GOALS, cases.EAGER_GOALS):
+    for goals in (shapes.GOALS, shapes.EAGER_GOALS):
         for key in goals:
             monkeypatch.setitem(goals, key, {(2, 4, 24, 40): 100})
     path = tmp_path / "a.json"

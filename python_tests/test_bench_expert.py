@@ -21,6 +21,7 @@ from fera_ext.bench import (
     peers_expert,
     report,
     runner,
+    shapes,
     timing_cuda,
 )
 from fera_ext.cli import app
@@ -61,7 +62,7 @@ def test_linear_files_and_agreement(tmp_path: Path) -> None:
 
 def test_linear_gpu_columns(fake_cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing_cuda, "launches", lambda runs: [2 for _ in runs])
-    monkeypatch.setitem(cases.LINEAR_GOALS, (2, 5, 24, 40), {12: 1e6})
+    monkeypatch.setitem(shapes.LINEAR_GOALS, (2, 5, 24, 40), {12: 1e6})
     path = tmp_path / "a.json"
     result = bench(*LINEAR, "--json", str(path))
     assert result.exit_code == 0, result.output
@@ -89,15 +90,15 @@ def test_linear_gpu_columns(fake_cuda: None, tmp_path: Path, monkeypatch: pytest
 
 
 def test_linear_goals_and_lists() -> None:
-    assert set(cases.LINEAR_GOALS) < set(cases.LINEARS) < set(cases.ALL_LINEARS)
-    assert len(set(cases.ALL_LINEARS)) == len(cases.ALL_LINEARS)
-    assert cases.parse_linears("16384x320x320,4x4096x320x320,9x8x7") == ((4, 4096, 320, 320), (1, 9, 8, 7))
+    assert set(shapes.LINEAR_GOALS) < set(shapes.LINEARS) < set(shapes.ALL_LINEARS)
+    assert len(set(shapes.ALL_LINEARS)) == len(shapes.ALL_LINEARS)
+    assert shapes.parse_linears("16384x320x320,4x4096x320x320,9x8x7") == ((4, 4096, 320, 320), (1, 9, 8, 7))
     quick = cases.Options.parse("expert_linear", device="cpu", quick=True)
-    assert (quick.shapes, quick.experts) == (cases.QUICK_LINEARS, ((3, 4), (4, 32)))
+    assert (quick.shapes, quick.experts) == (shapes.QUICK_LINEARS, ((3, 4), (4, 32)))
     assert (quick.dtype, quick.variant) == (torch.bfloat16, "all")
     listed = list(expert_linear.cases(cases.Options.parse("expert_linear", device="cpu")))
     assert [c.goal_ratio for c in listed if c.goal_ratio] == [
-        g[r] for r in (12, 128) for g in cases.LINEAR_GOALS.values()
+        g[r] for r in (12, 128) for g in shapes.LINEAR_GOALS.values()
     ]
 
 

@@ -23,22 +23,6 @@ from safetensors.torch import load_file, save_file
 from fera_ext.training import checkpointing
 from fera_ext.training.errors import TrainError, UsageError
 
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return parts.ddpm(tmp_path_factory.mktemp("ddpm"))
-
-
-@pytest.fixture(scope="session")
-def sd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return parts.sd(tmp_path_factory.mktemp("sd"))
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return parts.write_images(tmp_path_factory.mktemp("images"), 5)
-
-
 # What a step computes.
 
 

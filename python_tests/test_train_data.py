@@ -17,21 +17,6 @@ from PIL import Image
 from fera_ext.training.data import ImageFolder, Positions, find_images
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return parts.ddpm(tmp_path_factory.mktemp("ddpm"))
-
-
-@pytest.fixture(scope="session")
-def sd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return parts.sd(tmp_path_factory.mktemp("sd"))
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return parts.write_images(tmp_path_factory.mktemp("images"), 5)
-
-
 def test_corrupt_image_is_skipped_by_name(model: Path, tmp_path: Path) -> None:
     folder = parts.write_images(tmp_path / "images", 3)
     good = (folder / "0.png").read_bytes()

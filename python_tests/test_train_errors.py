@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import helpers_train as parts
 import pytest
 import torch
 from helpers_train import ENTRY, arguments, command, one_line_error, train
@@ -17,21 +16,6 @@ from safetensors.torch import load_file
 from fera_ext.training import checkpointing
 from fera_ext.training.errors import TrainError, UsageError
 from fera_ext.training.settings import Settings
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return parts.ddpm(tmp_path_factory.mktemp("ddpm"))
-
-
-@pytest.fixture(scope="session")
-def sd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return parts.sd(tmp_path_factory.mktemp("sd"))
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return parts.write_images(tmp_path_factory.mktemp("images"), 5)
 
 
 def test_command_trains(model: Path, images: Path, tmp_path: Path) -> None:

@@ -53,6 +53,14 @@ struct Limits {
   int clusters;
 };
 
+cudaLaunchAttribute cluster_of(int size) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = size;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
 // Asked once a device and kernel; also raises the kernels' limits there.
 Limits limits_of(const Kernels& k) {
   static std::atomic<int64_t> known[kMaxDevices][std::size(kKernels)];  // (clusters << 32 | bytes) + 1
@@ -80,10 +88,7 @@ Limits limits_of(const Kernels& k) {
       for (const void* kernel : kernels)
         ok = ok && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit) == cudaSuccess &&
              cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
-      cudaLaunchAttribute attribute{};
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = k.size;
-      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+      cudaLaunchAttribute attribute = cluster_of(k.size);
       cudaLaunchConfig_t config{};
       config.gridDim = dim3(k.size);
       config.blockDim = dim3(kClusterThreads);
@@ -141,26 +146,15 @@ bool choose(const Source& s, const fera_filters& f, ClusterTask task, Choice* ch
   return false;
 }
 
-// The clusters' partial sums and the samples' losses.
-struct Layout {
-  double *partial, *losses;
-  size_t bytes;
-
-  Layout(const Source& s, const fera_filters& f, int clusters, void* base) {
-    Workspace workspace(base);
-    partial = workspace.take<double>(clusters > 1 ? s.n * clusters * s.signals * (f.bands + 1) : 0);
-    losses = workspace.take<double>(s.signals == 2 ? s.n : 0);
-    bytes = workspace.used();
-  }
-};
+// (N, clusters, signals, K+1), with several clusters a sample.
+size_t partial_bytes(const Source& s, const fera_filters& f, int clusters) {
+  return clusters > 1 ? align256(sizeof(double) * s.n * clusters * s.signals * (f.bands + 1)) : 0;
+}
 
 template <class... Parameters, class... Arguments>
 fera_status launch(const char* op, void (*kernel)(Parameters...), const Choice& choice, int64_t samples,
                    bool cooperative, const fera_context* context, Arguments&&... arguments) {
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = choice.kernels->size;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2]{cluster_of(choice.kernels->size)};
   attributes[1].id = cudaLaunchAttributeCooperative;
   attributes[1].val.cooperative = 1;
   cudaLaunchConfig_t config{};
@@ -195,16 +189,16 @@ bool cluster_takes(const Source& source, const fera_filters& filters, ClusterTas
 
 size_t cluster_workspace(const Source& source, const fera_filters& filters) {
   if (source.n <= 0) return 0;
-  return Layout(source, filters, (source.pairs() + 1) / 2 + 1, nullptr).bytes;
+  return partial_bytes(source, filters, (source.pairs() + 1) / 2 + 1);
 }
 
 fera_status cluster_energies_launch(const char* op, const Source& source, const fera_filters& filters,
                                     const Finish<float>& finish, float* loss, const fera_context* context) {
   Choice choice;
   if (!choose(source, filters, ClusterTask::energies, &choice)) return FERA_UNSUPPORTED;
-  const Layout layout(source, filters, choice.plan.clusters, context->workspace);
+  double* const partial = static_cast<double*>(context->workspace);
   FERA_RETURN_IF_ERROR(launch(op, choice.kernels->energies, choice, source.n, choice.plan.clusters > 1, context, source,
-                              choice.plan, masks_of(filters), static_cast<int>(filters.bands), finish, layout.partial));
+                              choice.plan, masks_of(filters), static_cast<int>(filters.bands), finish, partial));
   return loss == nullptr ? FERA_OK : launch_mean(op, source.n, finish.losses, loss, context);
 }
 
@@ -218,18 +212,15 @@ fera_status cluster_adjoint_launch(const char* op, const Source& source, const f
                 static_cast<int>(filters.bands), to);
 }
 
-fera_status cluster_fecl_launch(const char* op, const Source& source, const fera_filters& filters, double eps,
-                                float* loss, float* gradient, double* factor, const fera_context* context) {
+fera_status cluster_fecl_launch(const char* op, const Source& source, const fera_filters& filters,
+                                const Finish<float>& finish, float* loss, const View& gradient, double* factor,
+                                const fera_context* context) {
   Choice choice;
   if (!choose(source, filters, ClusterTask::fecl, &choice)) return FERA_UNSUPPORTED;
-  const Layout layout(source, filters, choice.plan.clusters, context->workspace);
-  const int64_t plane = static_cast<int64_t>(source.h) * source.w;
-  const View view{gradient, source.p * plane, plane, source.w, 1};
-  const ClusterGradient to{{view, true},  {},      eps,    1.0 / static_cast<double>(source.n), factor,
-                           layout.losses, nullptr, nullptr};
+  const ClusterGradient to{{gradient, true}, {}, finish.eps, finish.weight, factor, finish.losses, nullptr, nullptr};
   FERA_RETURN_IF_ERROR(launch(op, choice.kernels->gradient, choice, source.n, false, context, source, choice.plan,
                               masks_of(filters), static_cast<int>(filters.bands), to));
-  return launch_mean(op, source.n, layout.losses, loss, context);
+  return launch_mean(op, source.n, finish.losses, loss, context);
 }
 
 }  // namespace fera::cuda

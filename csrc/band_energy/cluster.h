@@ -24,7 +24,8 @@ fera_status cluster_adjoint_launch(const char* op, const Source& source, const f
                                    const fera_context* context);
 
 // FECL's loss, and its gradient divided by factor[n]: two launches.
-fera_status cluster_fecl_launch(const char* op, const Source& source, const fera_filters& filters, double eps,
-                                float* loss, float* gradient, double* factor, const fera_context* context);
+fera_status cluster_fecl_launch(const char* op, const Source& source, const fera_filters& filters,
+                                const Finish<float>& finish, float* loss, const View& gradient, double* factor,
+                                const fera_context* context);
 
 }  // namespace fera::cuda

@@ -52,9 +52,6 @@ size_t energies_workspace(const Source& source, const fera_filters& filters) {
 size_t adjoint_workspace(const Source& source, const fera_filters& filters) {
   return use_cluster(source, filters, ClusterTask::adjoint) ? 0 : grid_adjoint_workspace(source, filters);
 }
-size_t fecl_workspace(const Source& source, const fera_filters& filters) {
-  return use_cluster(source, filters, ClusterTask::fecl) ? cluster_workspace(source, filters) : 0;
-}
 
 fera_status launch_energies(const char* op, const Source& source, const fera_filters& filters,
                             const Finish<float>& finish, float* loss, const fera_context* context) {
@@ -84,19 +81,17 @@ fera_status launch_adjoint(const char* op, const Source& source, const fera_filt
 }
 
 fera_status launch_fecl(const char* op, const Source& source, const fera_filters& filters, const Finish<float>& finish,
-                        float* loss, float* gradient, double* factor, const fera_context* context, bool* done) {
+                        float* loss, const View& gradient, double* factor, const fera_context* context, bool* done) {
   const bool one = use_cluster(source, filters, ClusterTask::fecl);
   *done = one ||
           (use_cluster(source, filters, ClusterTask::energies) && use_cluster(source, filters, ClusterTask::adjoint));
   if (!*done) return FERA_OK;
   FERA_RETURN_IF_ERROR(check_wish(op, source, true));
   FERA_RETURN_IF_ERROR(check_workspace(op, context, cluster_workspace(source, filters)));
-  if (one) return cluster_fecl_launch(op, source, filters, finish.eps, loss, gradient, factor, context);
+  if (one) return cluster_fecl_launch(op, source, filters, finish, loss, gradient, factor, context);
   FERA_RETURN_IF_ERROR(cluster_energies_launch(op, source, filters, finish, nullptr, context));
-  const int64_t plane = static_cast<int64_t>(source.h) * source.w;
   const Coefficients from{finish.coefficients, nullptr, nullptr, nullptr, 0, factor};
-  return cluster_adjoint_launch(op, source, filters, from, {{gradient, source.p * plane, plane, source.w, 1}, true},
-                                finish.losses, loss, context);
+  return cluster_adjoint_launch(op, source, filters, from, {gradient, true}, finish.losses, loss, context);
 }
 
 }  // namespace fera::cuda

@@ -82,11 +82,10 @@ size_t adjoint_workspace(const Source& source, const fera_filters& filters);
 fera_status launch_adjoint(const char* op, const Source& source, const fera_filters& filters, const Coefficients& from,
                            const View& dz, fera_dtype dz_dtype, const fera_context* context);
 
-size_t fecl_workspace(const Source& source, const fera_filters& filters);
-// FECL's loss, the mean of finish.losses, and gradient (N, P, H, W) contiguous, divided by factor[n], in two launches;
+// FECL's loss, the mean of finish.losses, and gradient in float32, divided by factor[n], in two launches;
 // `done` says whether a variant does that. If not, nothing was launched: energies and adjoint do it.
 fera_status launch_fecl(const char* op, const Source& source, const fera_filters& filters, const Finish<float>& finish,
-                        float* loss, float* gradient, double* factor, const fera_context* context, bool* done);
+                        float* loss, const View& gradient, double* factor, const fera_context* context, bool* done);
 
 // The variant that energies of such a latent take now: "cluster" or "grid"; "" where FERA_BAND_VARIANT asks for what
 // there is not.

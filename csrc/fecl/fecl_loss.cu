@@ -26,7 +26,6 @@ Layout lay_out(const fera_fecl_loss_args& a, void* base) {
   layout.losses = workspace.take<double>(samples);
   if (a.gradient != nullptr) {
     layout.scratch_bytes = std::max(layout.scratch_bytes, adjoint_workspace(source, a.filters));
-    layout.scratch_bytes = std::max(layout.scratch_bytes, fecl_workspace(source, a.filters));
     layout.coefficients = workspace.take<double>(samples * 2 * (bands + 1));
   }
   layout.scratch = workspace.take<char>(static_cast<int64_t>(layout.scratch_bytes));
@@ -121,6 +120,7 @@ extern "C" fera_status fera_fecl_loss_cuda(const fera_fecl_loss_args* a, const f
   inner.workspace = layout.scratch;
   inner.workspace_bytes = layout.scratch_bytes;
   const cuda::Source source = cuda::source_of(a->base, a->fera, a->target);
+  const fera_latent gradient = gradient_of(*a);
   bool done = false;
   FERA_RETURN_IF_ERROR(dispatch_compute(a->fera.dtype, [&](auto tag) {
     using Real = typename decltype(tag)::type;
@@ -132,13 +132,12 @@ extern "C" fera_status fera_fecl_loss_cuda(const fera_fecl_loss_args* a, const f
     finish.weight = 1.0 / static_cast<double>(a->fera.n);
     Real* const loss = static_cast<Real*>(a->loss);
     if constexpr (std::is_same_v<Real, float>)
-      if (a->gradient != nullptr)
-        FERA_RETURN_IF_ERROR(cuda::launch_fecl("fecl_loss", source, a->filters, finish, loss,
-                                               static_cast<float*>(a->gradient), a->factor, &inner, &done));
+      if (gradient.data != nullptr)
+        FERA_RETURN_IF_ERROR(cuda::launch_fecl("fecl_loss", source, a->filters, finish, loss, cuda::view_of(gradient),
+                                               a->factor, &inner, &done));
     return done ? FERA_OK : cuda::launch_energies("fecl_loss", source, a->filters, finish, loss, &inner);
   }));
   if (done) return FERA_OK;
-  const fera_latent gradient = gradient_of(*a);
   if (gradient.data == nullptr || gradient.n * gradient.p == 0) return FERA_OK;
   const cuda::Coefficients from{layout.coefficients, nullptr, nullptr, nullptr, 0, a->factor};
   return cuda::launch_adjoint("fecl_loss", source, a->filters, from, cuda::view_of(gradient), gradient.dtype, &inner);

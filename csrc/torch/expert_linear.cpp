@@ -58,7 +58,6 @@ class Experts {
     a = lora_a.contiguous();
     b = lora_b.contiguous();
     g = gate.to(compute_type(x)).contiguous();
-    groups_ = groups;
     const int64_t tokens = in > 0 ? x.numel() / in : 0;
     view = {tokens,
             in,
@@ -75,13 +74,10 @@ class Experts {
   }
 
   int64_t stacked() const { return int64_t{view.experts} * view.rank; }
-  int64_t groups() const { return groups_; }
+  int64_t groups() const { return g.size(0); }
 
   Tensor a, b, g;
   fera_experts view;
-
- private:
-  int64_t groups_ = 0;
 };
 
 // tiles: the core's kernels. library: the vendor's products. FERA_EXPERT_VARIANT asks for one; empty or auto is tiles.
@@ -103,11 +99,10 @@ class Library {
       : e_(experts),
         g_(experts.groups()),
         r_(experts.stacked()),
-        in_(experts.view.in),
         out_(experts.view.out),
-        type_(x.scalar_type()),
-        x_(x.reshape({experts.view.tokens, in_})),
-        a_(experts.a.to(type_).view({r_, in_})) {}
+        x_(x.reshape({experts.view.tokens, experts.view.in})),
+        a_(experts.a.to(x.scalar_type()).view({r_, experts.view.in})),
+        scaled_((experts.g * experts.view.scale).view({g_, 1, experts.view.experts, 1})) {}
 
   // h (T, R); y (T, out) is updated.
   Tensor forward(const Tensor& y) const {
@@ -135,7 +130,7 @@ class Library {
     if (wanted[2] || wanted[3]) {
       const at::ScalarType wide = e_.g.scalar_type();
       const Tensor m = at::bmm(grouped(dy).transpose(1, 2), grouped(h)).to(wide).view(by_expert(g_));
-      if (wanted[2]) db = (m * gate_scale()).sum(0).to(e_.b.scalar_type());
+      if (wanted[2]) db = (m * scaled_).sum(0).to(e_.b.scalar_type());
       if (wanted[3]) dgate = (m * e_.b.to(wide).view(by_expert(1))).sum({1, 3}).mul_(e_.view.scale);
     }
     return {dx, da, db, dgate};
@@ -144,17 +139,15 @@ class Library {
  private:
   std::array<int64_t, 4> by_expert(int64_t rows) const { return {rows, out_, e_.view.experts, e_.view.rank}; }
   Tensor grouped(const Tensor& t) const { return t.view({g_, x_.size(0) / g_, t.size(-1)}); }
-  Tensor gate_scale() const { return (e_.g * e_.view.scale).view({g_, 1, e_.view.experts, 1}); }
   Tensor gated_b() const {  // (G, out, R), multiplied in the compute dtype and rounded once
     Tensor b = at::empty(by_expert(g_), x_.options());
-    at::mul_out(b, e_.b.view(by_expert(1)), gate_scale());
+    at::mul_out(b, e_.b.view(by_expert(1)), scaled_);
     return b.view({g_, out_, r_});
   }
 
   const Experts& e_;
-  int64_t g_, r_, in_, out_;
-  at::ScalarType type_;
-  Tensor x_, a_;
+  int64_t g_, r_, out_;
+  Tensor x_, a_, scaled_;  // scaled_: gate * scale (G, 1, E, 1)
 };
 
 std::vector<int64_t> with_last(const Tensor& t, int64_t last) {

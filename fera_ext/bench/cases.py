@@ -1,4 +1,4 @@
-"""What is timed: options, cases, contenders; the shapes and band definitions of the benchmarks, and the goals."""
+"""What is timed: options, cases, contenders, and the band definitions of the benchmarks."""
 
 from __future__ import annotations
 
@@ -14,66 +14,10 @@ from torch import Tensor
 
 from fera_ext.bands import Bands
 from fera_ext.bench import variants
+from fera_ext.bench.shapes import EAGER_GOALS, GOALS, Shape, parse_linears, parse_shapes
 
 if TYPE_CHECKING:
     from fera_ext.bench.runner import Session
-
-Shape = tuple[int, ...]
-
-SHAPES: tuple[Shape, ...] = (
-    (1, 4, 64, 64),
-    (4, 4, 64, 64),
-    (4, 4, 128, 128),
-    (4, 4, 104, 152),
-    (14, 4, 72, 128),
-    (4, 16, 128, 128),
-    (4, 16, 104, 156),
-    (32, 16, 128, 128),
-    (1, 14, 4, 72, 128),
-    (4, 14, 4, 72, 128),
-)
-"""The latents timed by default: what SD1.5, SDXL, SD3, FLUX and SVD trainers see, (N, ..., H, W)."""
-
-ALL_SHAPES = (
-    *SHAPES,
-    *(
-        shape
-        for batch in (1, 2, 4, 8)
-        for tail in ((4, 64, 64), (4, 128, 128), (16, 128, 128), (4, 104, 152), (14, 4, 72, 128), (16, 104, 156))
-        if (shape := (batch, *tail)) not in SHAPES
-    ),
-)
-QUICK_SHAPES: tuple[Shape, ...] = ((4, 4, 64, 64), (4, 4, 128, 128))
-
-LINEARS: tuple[Shape, ...] = (
-    (4, 4096, 320, 320),
-    (4, 4096, 640, 640),
-    (4, 1024, 1280, 1280),
-    (4, 77, 2048, 1280),
-    (4, 4096, 2432, 2432),
-    (1, 4608, 3072, 3072),
-    (1, 4608, 3072, 12288),
-)
-"""The linears timed by default: (gate rows, tokens of each, in, out)."""
-
-ALL_LINEARS = (
-    *LINEARS,
-    *(
-        shape
-        for batch in (1, 2, 4, 8)
-        for tail in (
-            *((4096, 320, 320), (1024, 640, 640), (256, 1280, 1280), (64, 1280, 1280)),  # SD1.5
-            *((77, 768, 320), (77, 768, 640), (77, 768, 1280)),
-            *((4096, 640, 640), (1024, 1280, 1280), (3952, 640, 640), (988, 1280, 1280)),  # SDXL
-            *((77, 2048, 640), (77, 2048, 1280)),
-            *((4096, 2432, 2432), (4096, 3072, 3072), (512, 3072, 3072)),  # SD3.5, FLUX.1
-            *((4608, 3072, 3072), (4608, 3072, 12288), (4608, 15360, 3072)),
-            *((129024, 320, 320), (32256, 640, 640), (8064, 1280, 1280)),  # SVD, 14 frames
-        )
-        if (shape := (batch, *tail)) not in LINEARS
-    ),
-)
-QUICK_LINEARS: tuple[Shape, ...] = ((4, 4096, 320, 320), (4, 1024, 1280, 1280))
 
 PEERS = ("torch", "compiled", "cufft", "published")
 LINEAR_PEERS = ("frozen", "torch", "compiled", "published", "peft")
@@ -83,30 +27,6 @@ LIMIT = 1e-3
 
 EXPERTS, HIDDEN, TAU = 3, 64, 0.7
 """The router of the latent_gate benchmarks."""
-
-# Microseconds on one H200, per call of 50 captured in one graph; float32, Bands.dog(3), E = 3.
-_GATE: dict[Shape, int] = {
-    (1, 4, 64, 64): 6,
-    (4, 4, 64, 64): 6,
-    (14, 4, 72, 128): 8,
-    (4, 4, 128, 128): 8,
-    (4, 4, 104, 152): 8,
-    (4, 16, 128, 128): 8,
-    (32, 16, 128, 128): 16,
-}
-_FECL: dict[Shape, int] = {(4, 4, 64, 64): 20, (4, 4, 128, 128): 20, (4, 16, 128, 128): 30}
-GOALS: dict[tuple[str, str], dict[Shape, int]] = {("latent_gate", "forward"): _GATE, ("fecl_loss", "step"): _FECL}
-EAGER_GOALS: dict[tuple[str, str], dict[Shape, int]] = {("fecl_loss", "step"): dict.fromkeys(_FECL, 150)}
-
-LINEAR_GOALS: dict[Shape, dict[int, float]] = {
-    (4, 4096, 320, 320): {12: 2.0, 128: 2.2},
-    (4, 4096, 640, 640): {12: 1.6, 128: 1.75},
-    (4, 1024, 1280, 1280): {12: 1.4, 128: 1.55},
-    (4, 4096, 2432, 2432): {12: 1.12, 128: 1.2},
-    (1, 4608, 3072, 3072): {12: 1.14, 128: 1.22},
-    (1, 4608, 3072, 12288): {12: 1.08, 128: 1.15},
-}
-"""GPU time of a bfloat16 step over the frozen linear's, by the stacked rank R, on one H200."""
 
 
 @dataclass(frozen=True)
@@ -207,49 +127,6 @@ def pick_device(asked: str) -> torch.device:
     if asked == "cuda" and not usable:
         raise ValueError("device must be cpu without a GPU and a build with CUDA operators, got 'cuda'")
     return torch.device("cuda" if usable and asked != "cpu" else "cpu")
-
-
-def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """``4x4x64x64,1x14x4x72x128`` to tuples; ``default``, ``all`` and ``quick`` are lists.
-
-    Raises:
-        ValueError: fewer than three axes, no number, or a latent's side outside 1 to 512.
-    """
-    lists = {"default": SHAPES, "all": ALL_SHAPES, "quick": QUICK_SHAPES}
-    if text in lists:
-        return lists[text]
-    found = []
-    for part in text.split(","):
-        numbers = part.split("x")
-        if len(numbers) < 3 or not all(n.isascii() and n.isdigit() and int(n) > 0 for n in numbers):
-            raise ValueError(f"shapes must be default, all, or like 4x4x64x64,1x14x4x72x128, got {part!r}")
-        shape = tuple(map(int, numbers))
-        if max(shape[-2:]) > 512:
-            raise ValueError(f"shapes must have heights and widths from 1 to 512, got {part!r}")
-        found.append(shape)
-    return tuple(dict.fromkeys(found))
-
-
-def parse_linears(text: str) -> tuple[Shape, ...]:
-    """``4x4096x320x320`` to (gate rows, tokens of each, in, out); ``default``, ``all`` and ``quick`` are lists.
-
-    Three numbers are all the tokens, in and out: the default shape of that size, else one gate row.
-
-    Raises:
-        ValueError: neither three nor four positive numbers.
-    """
-    lists = {"default": LINEARS, "all": ALL_LINEARS, "quick": QUICK_LINEARS}
-    if text in lists:
-        return lists[text]
-    known = {(g * t, i, o): (g, t, i, o) for g, t, i, o in LINEARS}
-    found: list[Shape] = []
-    for part in text.split(","):
-        numbers = part.split("x")
-        if len(numbers) not in (3, 4) or not all(n.isascii() and n.isdigit() and int(n) > 0 for n in numbers):
-            raise ValueError(f"shapes must be default, all, or like 4x4096x320x320,4608x3072x3072, got {part!r}")
-        shape = tuple(map(int, numbers))
-        found.append(shape if len(shape) == 4 else known.get((shape[0], shape[1], shape[2]), (1, *shape)))
-    return tuple(dict.fromkeys(found))
 
 
 def parse_experts(text: str) -> tuple[tuple[int, int], ...]:

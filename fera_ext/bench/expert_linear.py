@@ -11,17 +11,16 @@ from torch import Tensor
 
 from fera_ext.bench import variants
 from fera_ext.bench.cases import (
-    LINEAR_GOALS,
     OURS,
     Absent,
     Case,
     Contender,
     Options,
-    Shape,
     chosen_passes,
     differentiable,
 )
 from fera_ext.bench.peers_expert import SCALE, Layer, frozen, peft_lora, plain, published
+from fera_ext.bench.shapes import LINEAR_GOALS, Shape
 
 if TYPE_CHECKING:
     from fera_ext.bench.runner import Session

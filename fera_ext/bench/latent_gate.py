@@ -18,7 +18,6 @@ from fera_ext.bench.cases import (
     Case,
     Contender,
     Options,
-    Shape,
     differentiable,
     draw_latent,
     latent_cases,
@@ -27,6 +26,7 @@ from fera_ext.bench.cases import (
 from fera_ext.bench.peers_cufft import cufft
 from fera_ext.bench.peers_published import PublishedRouter, published
 from fera_ext.bench.peers_torch import plain
+from fera_ext.bench.shapes import Shape
 
 if TYPE_CHECKING:
     from fera_ext.bench.runner import Session
