@@ -301,5 +301,6 @@ def test_saving_a_pipeline_is_refused(tmp_path: Path) -> None:
     adapter.detach()
     pipe.save_pretrained(tmp_path)
     again = DDPMPipeline.from_pretrained(tmp_path)
+    case.model.eval()  # as a loaded model is: on some CPUs training takes other kernels
     out: Tensor = again.unet(**case.inputs).sample
     assert torch.equal(out, case.run())
