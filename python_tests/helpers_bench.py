@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+import weakref
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -34,11 +36,20 @@ class FakeCuda:
     now = 0.0
 
     class CUDAGraph:
-        def capture_begin(self) -> None:
+        pools: ClassVar[list[int]] = []
+        alive: ClassVar[set[int]] = set()
+
+        def capture_begin(self, pool: int) -> None:
+            self.pools.append(pool)
+            self.alive.add(id(self))
+            weakref.finalize(self, self.alive.discard, id(self))
             self.start = time.perf_counter()
 
         def capture_end(self) -> None:
             self.milliseconds = 1e3 * (time.perf_counter() - self.start)
+
+        def reset(self) -> None:
+            self.alive.discard(id(self))
 
         def replay(self) -> None:
             FakeCuda.now += self.milliseconds
@@ -57,6 +68,9 @@ class FakeCuda:
 @pytest.fixture(name="fake_cuda")
 def fake_cuda_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(L2_cache_size=4096)
+    FakeCuda.CUDAGraph.pools.clear()
+    FakeCuda.CUDAGraph.alive.clear()
+    handles = itertools.count()
     for name, value in {
         "CUDAGraph": FakeCuda.CUDAGraph,
         "Event": FakeCuda.Event,
@@ -69,6 +83,9 @@ def fake_cuda_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
         "reset_peak_memory_stats": lambda device: None,
         "max_memory_allocated": lambda device: 3 << 20,
         "_sleep": lambda cycles: None,
+        "graph_pool_handle": lambda: next(handles),
+        "empty_cache": lambda: None,
+        "current_device": lambda: 0,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value, raising=False)
     monkeypatch.setattr(runner, "gpu_timer", lambda o: timing_cuda.GpuTimer(o.device, o.rounds))

@@ -28,11 +28,13 @@ from fera_ext.bench import (
     runner,
     shapes,
     timing_cuda,
+    variants,
 )
 from fera_ext.bench.timing import spread, wall
 from fera_ext.cli import app
 
 TINY = ["--shapes", "2x4x24x40,1x2x3x16x20", "--rounds", "3"]
+BANDS, LINEARS = (", ".join(variants(name)[1]) for name in ("band_energy", "expert_linear"))
 LATENTS = [name for name in OPERATORS if name != "expert_linear"]
 
 
@@ -45,7 +47,7 @@ def test_files_and_agreement(operator: str, tmp_path: Path) -> None:
     assert "warm L2" not in result.output
     found = json.loads((out / "a.json").read_text())
     assert set(found) == {
-        "schema", "operator", "environment", "settings", "floor", "rows", "ok", "stopped", "seconds",
+        "schema", "operator", "environment", "settings", "floor", "rows", "failed", "ok", "stopped", "cases", "seconds",
     }  # fmt: skip
     assert {"device", "driver", "cuda", "torch", "cupy", "commit"} <= set(found["environment"])
     assert found["settings"]["variant"] == "grid"
@@ -117,16 +119,18 @@ def test_16_bits(dtype: str) -> None:
         (["band_energy", "--passes", "step"], "passes must be of forward, backward for band_energy, got 'step'"),
         (["band_energy", "--peers", "jax"], "peers must be one of torch, compiled, cufft, published, none"),
         (["band_energy", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got 'int8'"),
-        (["band_energy", "--variant", "fast"], "variant must be one of auto, cluster, grid, got 'fast'"),
+        (["band_energy", "--variant", "fast"], f"variant must be one of {BANDS}, got 'fast'"),
         (["band_energy", "--experts", "3x4"], "experts must be left out for band_energy, got '3x4'"),
         (["band_energy", "--masters"], "masters must be left out for band_energy, got True"),
         (["expert_linear", "--bands", "dog"], "bands must be left out for expert_linear, got 'dog'"),
         (["expert_linear", "--experts", "3"], "experts must be like 3x4,8x64"),
         (["expert_linear", "--experts", "32x17"], "E*r from 1 to 512, got '32x17'"),
+        (["expert_linear", "--shapes", "4x16x8x8:0"], "got '4x16x8x8:0'"),
+        (["expert_linear", "--shapes", "4x16x8x8x3"], "got '4x16x8x8x3'"),
         (["expert_linear", "--shapes", "16x320"], "shapes must be default, all, or like 4x4096x320x320"),
         (["expert_linear", "--peers", "cufft"], "peers must be one of frozen, torch, compiled, published, peft, none"),
         (["expert_linear", "--passes", "backward"], "passes must be of step, forward for expert_linear"),
-        (["expert_linear", "--variant", "grid"], "variant must be one of all, auto, tiles, library, got 'grid'"),
+        (["expert_linear", "--variant", "grid"], f"variant must be one of {LINEARS}, got 'grid'"),
         (["band_energy", "--plot", "a.jpg"], "plot must end in .svg or .png, got 'a.jpg'"),
         (["band_energy", *TINY, "--json", "/proc/none/a.json"], "No such file or directory"),
     ],
@@ -204,8 +208,10 @@ def test_a_rival_that_fails_has_no_times(monkeypatch: pytest.MonkeyPatch) -> Non
     assert row["eager_us"] is None
     assert found["ok"]
     monkeypatch.setattr(ops, "band_energy", broken)
-    with pytest.raises(RuntimeError, match="no such algorithm"):
-        runner.measure_all(options(bands="author", passes="forward"))
+    found = runner.measure_all(options(bands="author", passes="forward"))
+    assert not found["ok"]
+    assert not found["rows"]
+    assert found["failed"][0]["error"] == "RuntimeError: no such algorithm"
 
 
 def test_answers_of_another_shape_are_an_error() -> None:
@@ -308,8 +314,13 @@ def test_a_capture_that_fails_is_ended(fake_cuda: None) -> None:
     timer = timing_cuda.GpuTimer(torch.device("cpu"), 3)
     with pytest.raises(RuntimeError, match="not capturable"):
         timer.capture(broken)
-    ended = SimpleNamespace(capture_end=broken)
-    timer._abandon(ended)
+    assert FakeCuda.CUDAGraph.alive == set()
+    graph = SimpleNamespace(capture_end=broken, reset=lambda: None)
+    with timer.shared_memory():
+        before = timer._pool
+        timer._abandon(graph, before)
+        assert timer._pool != before  # whose capture torch may still hold for open
+    assert timer._failed == [graph]
 
 
 def test_count_launches() -> None:

@@ -25,13 +25,21 @@ OURS = "fera_ext"
 LIMIT = 1e-3
 """Largest relative error of a contender's answers against the operator's; more is an error of the benchmark."""
 
+COMPILE_SECONDS = 45.0
+"""What torch.compile may use in all, where the run has no budget."""
+
 EXPERTS, HIDDEN, TAU = 3, 64, 0.7
 """The router of the latent_gate benchmarks."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What one run of the benchmark does; :meth:`parse` reads it from the command's arguments."""
+    """What one run of the benchmark does; :meth:`parse` reads it from the command's arguments.
+
+    Attributes:
+        compile_seconds: once torch.compile has used them, later cases go without it.
+        budget: seconds the run should take; torch.compile goes first where it would take longer. None: no limit.
+    """
 
     operator: str
     device: torch.device
@@ -46,7 +54,8 @@ class Options:
     rounds: int = 20
     calls: int = 50
     batch_seconds: float = 1e-3
-    compile_seconds: float = 45.0
+    compile_seconds: float = COMPILE_SECONDS
+    budget: float | None = None
 
     @staticmethod
     def parse(
@@ -62,6 +71,8 @@ class Options:
         device: str = "auto",
         variant: str | None = None,
         quick: bool = False,
+        compile_seconds: float | None = None,
+        budget: float | None = None,
         **rest: Any,
     ) -> Options:
         """Options from the command's strings; ``rest`` are fields as they are.
@@ -84,6 +95,8 @@ class Options:
         if chosen is None:
             chosen = tuple(p for p in all_peers if where.type == "cuda" or p not in ("compiled", "cufft"))
             chosen = tuple(p for p in chosen if not (quick and p == "compiled"))
+        if compile_seconds is None:  # a budget is the better limit
+            compile_seconds = COMPILE_SECONDS if budget is None else math.inf
         kind = _one("dtype", dtype or ("bfloat16" if linear else "float32"), ("float32", "bfloat16", "float16"))
         return Options(
             operator,
@@ -96,6 +109,8 @@ class Options:
             parse_experts(experts or "3x4,4x32,8x64") if linear else (),
             masters,
             variant or variants(operator)[1][0],
+            compile_seconds=compile_seconds,
+            budget=budget,
             **rest,
         )
 
@@ -331,43 +346,50 @@ def draw_latent(shape: Shape, session: Session, seed: int = 0) -> Tensor:
 
 def differentiable(
     name: str,
-    function: Callable[..., Tensor],
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
     arguments: Sequence[Tensor],
     leaves: Sequence[int],
     pass_name: str,
-    gradient: Tensor | None = None,
+    gradients: Sequence[Tensor] | None = None,
     **more: Any,
 ) -> Contender:
     """A contender out of a function that autograd goes through.
 
     Args:
         name: the contender's.
-        function: of ``arguments``, to one tensor.
+        function: of ``arguments``, to one tensor or several.
         arguments: tensors without gradient; they are not changed.
         leaves: which of them the backward pass reaches.
         pass_name: ``forward`` builds no graph; ``backward`` differentiates one forward again and again;
             ``step`` does both.
-        gradient: of the output; None: :func:`upstream`'s.
+        gradients: one an output; None: :func:`upstream`'s.
         more: further fields of the contender.
     """
+
+    def outputs(given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        found = function(*given)
+        return (found,) if isinstance(found, Tensor) else found
+
+    def upstreams(outs: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        return [upstream(out) for out in outs] if gradients is None else gradients
+
     if pass_name == "forward":
-        return Contender(name, lambda: (function(*arguments),), **more)
+        return Contender(name, lambda: outputs(arguments), **more)
     inputs = [a.detach().requires_grad_(i in leaves) for i, a in enumerate(arguments)]
     wanted = [inputs[i] for i in leaves]
     if pass_name == "step":
 
         def step() -> tuple[Tensor, ...]:
-            out = function(*inputs)
-            dy = upstream(out) if gradient is None else gradient
-            return (out.detach(), *torch.autograd.grad(out, wanted, dy))
+            outs = outputs(inputs)
+            return (*(out.detach() for out in outs), *torch.autograd.grad(outs, wanted, upstreams(outs)))
 
         return Contender(name, step, **more)
-    kept: list[tuple[Tensor, Tensor]] = []
+    kept: list[tuple[tuple[Tensor, ...], Sequence[Tensor]]] = []
 
     def backward() -> tuple[Tensor, ...]:
         if not kept:  # in the first call, so that the forward's stream is the timed one
-            out = function(*inputs)
-            kept.append((out, upstream(out) if gradient is None else gradient))
+            outs = outputs(inputs)
+            kept.append((outs, upstreams(outs)))
         return torch.autograd.grad(kept[0][0], wanted, kept[0][1], retain_graph=True)
 
     return Contender(name, backward, **more)

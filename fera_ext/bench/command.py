@@ -9,6 +9,7 @@ import typer
 
 from fera_ext.bench import OPERATORS, variants
 
+BAND_VARIANTS, LINEAR_VARIANTS = (", ".join(variants(name)[1]) for name in ("band_energy", "expert_linear"))
 LISTED = "; ".join(f"{name}: {what}" for name, what in OPERATORS.items())
 
 
@@ -18,7 +19,7 @@ def bench(
         str,
         typer.Option(
             help="Latents such as 4x4x64x64,1x14x4x72x128, linears such as 4x4096x320x640 (gate rows, tokens of each, "
-            "in, out); default, or all: every batch size."
+            "in, out) or 4x4096x640x640:3 (three on one input); default, or all: every batch size."
         ),
     ] = "default",
     bands: Annotated[
@@ -51,15 +52,23 @@ def bench(
     variant: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Forces a kernel variant: auto, cluster, grid; for linears auto, tiles, library, or all: a row for "
-            "each (the default)."
+            help=f"Forces a kernel variant: {BAND_VARIANTS}; for linears {LINEAR_VARIANTS} (all, the default: a row "
+            "for each)."
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Samples of each time; the contenders take turns.")] = 20,
     quick: Annotated[bool, typer.Option("--quick", help="Two shapes, two definitions, nothing compiled.")] = False,
     compile_seconds: Annotated[
-        float, typer.Option(min=0, help="Once torch.compile has used this much, later cases go without it.")
-    ] = 45.0,
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            min=0,
+            help="Once torch.compile has used this much, later cases go without it; 45, or no limit beside --budget.",
+        ),
+    ] = None,
+    budget: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="Seconds for the whole run: where it would take longer, torch.compile is left out."),
+    ] = None,
     json_path: Annotated[Optional[Path], typer.Option("--json", help="Write everything here.")] = None,  # noqa: UP045
     csv_path: Annotated[Optional[Path], typer.Option("--csv", help="Write the rows here.")] = None,  # noqa: UP045
     plot_path: Annotated[
@@ -73,7 +82,8 @@ def bench(
     time per call of 50 calls in one CUDA graph (fewer where they are long),
     with a warm and a cold L2, eager wall time and launches; for linears peak
     memory too, and ratios to the frozen linear; on a CPU wall times alone.
-    Exit status 1 when a contender disagrees or an argument is wrong.
+    Exit status 1 when a contender disagrees, a case crashes or an argument is
+    wrong. The JSON is written after every case.
     """
     import os
 
@@ -88,8 +98,8 @@ def bench(
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=170)
+    if not console.file.isatty():
+        console = Console(width=120, force_terminal=False)
     asked: dict[str, Any] = {
         "shapes": shapes,
         "bands": bands,
@@ -102,6 +112,7 @@ def bench(
         "rounds": rounds,
         "quick": quick,
         "compile_seconds": compile_seconds,
+        "budget": budget,
         "variant": variant or os.environ.get(variable) or None,
     }
     try:
@@ -136,10 +147,10 @@ def _run(
         path.parent.mkdir(parents=True, exist_ok=True)
     if no_plot:
         console.print(f"[yellow]![/] {no_plot}")
-    result = measure_all(options, console)
-    render(result, console)
-    if json_path:
+    result = measure_all(options, console, keep=(lambda so_far: save_json(so_far, json_path)) if json_path else None)
+    if json_path:  # before the table: what is measured is safe
         save_json(result, json_path)
+    render(result, console)
     if csv_path:
         save_csv(result, csv_path)
     if plot_path and not no_plot:

@@ -1,9 +1,13 @@
-"""Rivals of expert_linear: the frozen linear alone, the published code's pattern, plain PyTorch, PEFT's LoRA."""
+"""Rivals of expert_linear: the frozen linear alone, the published code's pattern, plain PyTorch, PEFT's LoRA.
+
+A case has one linear or a group of them on one input (q, k and v); a function of a case takes (x, gate, the weights,
+the A, the B) and returns one output a linear.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,28 +28,54 @@ SCALE = 1.25
 
 @dataclass(frozen=True)
 class Layer:
-    """The tensors of a case: x (N, ..., in), weight (out, in), lora_a (E, r, in), lora_b (out, E, r), gate (G, E)
-    float32, and dy (N, ..., out), the fixed gradient of the output. No bias."""
+    """The tensors of a case: x (N, ..., in), gate (G, E) float32, and of each linear weight (out, in), lora_a
+    (E, r, in), lora_b (out, E, r) and dy (N, ..., out), the fixed gradient of its output. No bias."""
 
     x: Tensor
-    weight: Tensor
-    lora_a: Tensor
-    lora_b: Tensor
     gate: Tensor
-    dy: Tensor
+    weights: tuple[Tensor, ...]
+    lora_as: tuple[Tensor, ...]
+    lora_bs: tuple[Tensor, ...]
+    dys: tuple[Tensor, ...]
 
     @property
     def arguments(self) -> list[Tensor]:
-        """In the operator's order."""
-        return [self.x, self.weight, self.lora_a, self.lora_b, self.gate]
+        """(x, gate, weights, A, B)"""
+        return [self.x, self.gate, *self.weights, *self.lora_as, *self.lora_bs]
 
-    leaves = (0, 2, 3, 4)
+    @property
+    def leaves(self) -> list[int]:
+        """Of the arguments those that a step reaches: x, A, B, gate."""
+        count = len(self.weights)
+        return [0, *range(2 + count, 2 + 3 * count), 1]
+
+
+Together = Callable[..., tuple[Tensor, ...]]
+
+
+def parts(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(weight, A, B) of each linear out of all weights, A and B."""
+    count = len(tensors) // 3
+    return list(zip(tensors[:count], tensors[count : 2 * count], tensors[2 * count :]))
+
+
+def separately(linear: Callable[..., Tensor]) -> Together:
+    """``linear(x, weight, lora_a, lora_b, gate)``, called for each of a case's linears."""
+
+    def together(x: Tensor, gate: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple([linear(x, weight, lora_a, lora_b, gate) for weight, lora_a, lora_b in parts(tensors)])
+
+    return together
 
 
 def frozen(layer: Layer, pass_name: str, work: tuple[int, int]) -> Contender:
-    """The linear without adapters; its step ends at dx. ``work``: its bytes and FLOPs."""
+    """The linears without adapters; their step ends at dx. ``work``: their bytes and FLOPs."""
     more: dict[str, Any] = {"comparable": False, "form": "no adapter", "work": work}
-    return differentiable("frozen", F.linear, [layer.x, layer.weight], [0], pass_name, layer.dy, **more)
+
+    def linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple([F.linear(x, weight) for weight in weights])
+
+    return differentiable("frozen", linears, [layer.x, *layer.weights], [0], pass_name, layer.dys, **more)
 
 
 def middle(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor) -> Tensor:
@@ -53,39 +83,62 @@ def middle(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tens
     return reference.expert_linear(x, weight, None, lora_a, lora_b, gate, SCALE)
 
 
+def _factor(x: Tensor, gate: Tensor, rank: int) -> Tensor:
+    """(G, R) gate and scale, one an expert's column, x's dtype."""
+    return (gate * SCALE).to(x.dtype).repeat_interleave(rank, 1)
+
+
 def folded(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor) -> Tensor:
     """Gate and scale folded into B, one B a gate row; a batched product adds onto the base."""
     groups, rank = gate.shape[0], lora_a.shape[1]
-    factor = (gate * SCALE).to(x.dtype).repeat_interleave(rank, 1)
+    factor = _factor(x, gate, rank)
     gated = lora_b.to(x.dtype).flatten(1) * factor[:, None]  # (G, out, R)
     hidden = F.linear(x, lora_a.to(x.dtype).flatten(0, 1)).reshape(groups, -1, factor.shape[1])
     base = F.linear(x, weight)
     return torch.baddbmm(base.view(groups, -1, weight.shape[0]), hidden, gated.transpose(1, 2)).view_as(base)
 
 
-FORMS: dict[str, Callable[..., Tensor]] = {"middle": middle, "folded": folded}
+def one_down(x: Tensor, gate: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The A of a group stacked: one down projection for all its linears; the middle scaled by the gate."""
+    groups = gate.shape[0]
+    stacked = torch.cat([lora_a.to(x.dtype).flatten(0, 1) for _, lora_a, _ in parts(tensors)])
+    hidden = F.linear(x, stacked).reshape(groups, -1, stacked.shape[0])
+    outputs, start = [], 0
+    for weight, lora_a, lora_b in parts(tensors):
+        width = lora_a.shape[0] * lora_a.shape[1]
+        scaled = hidden[..., start : start + width] * _factor(x, gate, lora_a.shape[1])[:, None]
+        base = F.linear(x, weight)
+        outputs.append(base + F.linear(scaled, lora_b.to(x.dtype).flatten(1)).view_as(base))
+        start += width
+    return tuple(outputs)
+
+
+FORMS: dict[str, Together] = {"middle": separately(middle), "folded": separately(folded)}
+GROUP_FORMS: dict[str, Together] = FORMS | {"one down projection": one_down}
 
 
 def plain(session: Session, layer: Layer, pass_name: str) -> Iterator[Contender | Absent]:
-    """The rivals ``torch`` and ``compiled``: the stacked form that is faster in the case."""
+    """The rivals ``torch`` and ``compiled``: the stacked form that is fastest in the case."""
     if "torch" not in session.options.peers and "compiled" not in session.options.peers:
         return
+    forms = FORMS if len(layer.weights) == 1 else GROUP_FORMS
     contenders = {
-        name: differentiable("torch", form, layer.arguments, layer.leaves, pass_name, layer.dy, form=name)
-        for name, form in FORMS.items()
+        name: differentiable("torch", form, layer.arguments, layer.leaves, pass_name, layer.dys, form=name)
+        for name, form in forms.items()
     }
-    key = ("expert_linear", tuple(layer.dy.shape), layer.x.shape[-1], tuple(layer.lora_a.shape))
+    ranks = tuple(layer.lora_as[0].shape)
+    key = ("expert_linear", len(layer.weights), tuple(layer.dys[0].shape), layer.x.shape[-1], ranks)
     name = session.fastest((*key, pass_name), contenders)
     if "torch" in session.options.peers:
         yield contenders[name]
     if "compiled" not in session.options.peers:
         return
-    compiled = session.compiler((*key, name), pass_name, FORMS[name])
+    compiled = session.compiler((*key, name), pass_name, forms[name])
     if compiled is None:
-        yield Absent("compiled", f"torch.compile had used up its {session.compiler.seconds:g} s (--compile-seconds)")
+        yield Absent("compiled", session.compiler.refusal)
     else:
         more: dict[str, Any] = {"form": name, "compiles": True}
-        yield differentiable("compiled", compiled, layer.arguments, layer.leaves, pass_name, layer.dy, **more)
+        yield differentiable("compiled", compiled, layer.arguments, layer.leaves, pass_name, layer.dys, **more)
 
 
 def published_linear(x: Tensor, weight: Tensor, gate: Tensor, *pairs: Tensor) -> Tensor:
@@ -103,22 +156,35 @@ def published_linear(x: Tensor, weight: Tensor, gate: Tensor, *pairs: Tensor) ->
 
 def published(layer: Layer, pass_name: str) -> Contender:
     """The published code's pattern, rewritten plainly; each expert's pair are leaves of their own."""
-    experts = layer.lora_a.shape[0]
-    pairs = [*layer.lora_a.unbind(0), *(b.contiguous() for b in layer.lora_b.unbind(1))]
+    experts, count = layer.gate.shape[1], len(layer.weights)
+    pairs = [
+        pair
+        for lora_a, lora_b in zip(layer.lora_as, layer.lora_bs)
+        for pair in (*lora_a.unbind(0), *(b.contiguous() for b in lora_b.unbind(1)))
+    ]
+
+    def linears(x: Tensor, gate: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        weights, rest = tensors[:count], tensors[count:]
+        return tuple(
+            [published_linear(x, w, gate, *rest[2 * experts * i :][: 2 * experts]) for i, w in enumerate(weights)]
+        )
 
     def arrange(answers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if len(answers) == 1:
-            return answers
-        out, dx, dgate, *grads = answers
-        return out, dx, torch.stack(grads[:experts]), torch.stack(grads[experts:], dim=1), dgate
+        outs, rest = answers[:count], answers[count:]
+        if not rest:
+            return outs
+        dx, dgate, *grads = rest
+        of = [grads[experts * i :][:experts] for i in range(2 * count)]
+        das, dbs = [torch.stack(g) for g in of[::2]], [torch.stack(g, dim=1) for g in of[1::2]]
+        return (*outs, dx, *das, *dbs, dgate)
 
-    arguments = [layer.x, layer.weight, layer.gate, *pairs]
-    leaves = [0, *range(2, len(arguments))]
-    return differentiable("published", published_linear, arguments, leaves, pass_name, layer.dy, arrange=arrange)
+    arguments = [layer.x, layer.gate, *layer.weights, *pairs]
+    leaves = [0, 1, *range(2 + count, len(arguments))]
+    return differentiable("published", linears, arguments, leaves, pass_name, layer.dys, arrange=arrange)
 
 
 def peft_lora(session: Session, layer: Layer, pass_name: str) -> Contender | Absent:
-    """PEFT's own LoRA layer of rank R on the same linear, without dropout: what people use today.
+    """PEFT's own LoRA layer of rank R on the same linears, without dropout: what people use today.
 
     It has no gate, so its answers are others by design. With float32 masters it runs under autocast, as its users
     run it.
@@ -128,38 +194,42 @@ def peft_lora(session: Session, layer: Layer, pass_name: str) -> Contender | Abs
     if importlib.util.find_spec("peft") is None:
         return Absent("peft", "the package peft is not installed")
     try:
-        module = peft_layer(layer)
+        modules = peft_layers(layer)
     except Exception as error:
         return Absent("peft", f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     autocast = session.options.masters and layer.x.dtype != torch.float32
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(x.device.type, x.dtype) if autocast else nullcontext():
-            return module(x)
+            return tuple([module(x) for module in modules])
 
     def inference() -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return (forward(layer.x),)
+            return forward(layer.x)
 
     leaf = layer.x.detach().requires_grad_()
 
     def step() -> tuple[Tensor, ...]:
-        out = forward(leaf)
-        return (out.detach(), *torch.autograd.grad(out, [leaf, *trained], layer.dy))
+        outs = forward(leaf)
+        return (*(out.detach() for out in outs), *torch.autograd.grad(outs, [leaf, *trained], layer.dys))
 
     run = step if pass_name == "step" else inference
     return Contender("peft", run, form="no gate: answers not compared", comparable=False)
 
 
-def peft_layer(layer: Layer) -> nn.Module:
-    """nn.Linear inside PEFT's LoRA layer, A and B as the stacked experts', in the adapters' dtype."""
+def peft_layers(layer: Layer) -> list[nn.Module]:
+    """Each nn.Linear inside PEFT's LoRA layer, A and B as the stacked experts', in the adapters' dtype."""
+    linears = zip(layer.weights, layer.lora_as, layer.lora_bs)
+    return [_peft_layer(weight, a.flatten(0, 1), b.flatten(1)) for weight, a, b in linears]
+
+
+def _peft_layer(weight: Tensor, stacked_a: Tensor, stacked_b: Tensor) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
-    stacked_a, stacked_b = layer.lora_a.flatten(0, 1), layer.lora_b.flatten(1)
     rank, width = stacked_a.shape
     linear = nn.Linear(width, stacked_b.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(layer.weight, requires_grad=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     model = nn.ModuleDict({"linear": linear})
     config = LoraConfig(r=rank, lora_alpha=SCALE * rank, lora_dropout=0.0, target_modules=["linear"])  # type: ignore
     inject_adapter_in_model(config, model)

@@ -6,6 +6,7 @@ one that is timed, eager and compiled, so that the rival is PyTorch's best.
 
 from __future__ import annotations
 
+import math
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -126,18 +127,31 @@ class Compiler:
 
     Args:
         seconds: once compilations have taken so long, :meth:`__call__` gives None.
+        budget: of the whole run, in seconds, for the sentence that says why.
+
+    Attributes:
+        spent: seconds of all compilations.
+        room: seconds that the run can spare; None is given once a compilation takes longer in the mean.
+        refusal: why the last None was given.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, budget: float | None = None) -> None:
         self.seconds = seconds
+        self.budget = budget
         self.spent = 0.0
-        self._functions: dict[Any, Callable[..., Tensor]] = {}
+        self.room = math.inf
+        self.refusal = ""
+        self._functions: dict[Any, Callable[..., Any]] = {}
         self._passes: set[Any] = set()
 
-    def __call__(self, key: Any, pass_name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
+    def __call__(self, key: Any, pass_name: str, function: Callable[..., Any]) -> Callable[..., Any] | None:
         """The compiled function, one a ``key``, or None when the time is up and it would compile anew."""
         if (key, pass_name) not in self._passes:
             if self.spent >= self.seconds:
+                self.refusal = f"torch.compile had used up its {self.seconds:g} s (--compile-seconds)"
+                return None
+            if self.room <= self.spent / max(1, len(self._passes)):
+                self.refusal = f"torch.compile would not have ended within {self.budget:g} s (--budget)"
                 return None
             self._passes.add((key, pass_name))
         if key not in self._functions:
@@ -208,6 +222,6 @@ def plain(
     function, tensors = functions[name]
     compiled = session.compiler((*key, name), pass_name, function)
     if compiled is None:
-        yield Absent("compiled", f"torch.compile had used up its {session.compiler.seconds:g} s (--compile-seconds)")
+        yield Absent("compiled", session.compiler.refusal)
     else:
         yield differentiable("compiled", compiled, tensors, leaves, pass_name, form=name, compiles=True)

@@ -22,11 +22,14 @@ COLOURS = {
     "published": "#d55e00",
     "peft": "#f0e442",
     "frozen": "#000000",
-    f"{OURS}:tiles": "#56b4e9",
-    f"{OURS}:library": "#999999",
 }
-"""Okabe and Ito's, told apart with every kind of colour vision; bars stand in this order."""
+"""Okabe and Ito's, told apart with every kind of colour vision; bars stand in this order, forced variants after."""
+VARIANT_COLOURS = ("#56b4e9", "#999999", "#004488", "#882255", "#44aa99", "#ddcc77")
+"""Of the operator's forced variants, in the order of their rows; around again after the last."""
 TIMES = ("warm_us", "cold_us", "eager_us")
+NOTE_WIDTH = 48
+"""Characters; longer notes are folded."""
+WIDEST = 1000
 STATISTICS = ("median", "p10", "p90", "samples")
 
 
@@ -172,57 +175,16 @@ def ratios(rows: Iterable[dict[str, Any]]) -> dict[int, float]:
 
 def render(result: dict[str, Any], console: Any) -> None:
     """Prints one table a shape, and the sentences below them."""
-    from rich import box
-    from rich.table import Table
+    from rich.markup import escape
 
     where, settings, floor = result["environment"], result["settings"], result["floor"]
     rows = result["rows"]
     factor = ratios(rows)
-    on_gpu = floor is not None
-    linear = any("least_flops" in row for row in rows)
-    setting = "experts" if linear else "bands"
-    for shape in dict.fromkeys(row["shape"] for row in rows):
-        title = f"{result['operator']} {shape} {_words(shape, rows)}{settings['dtype']}, µs per call: median p10–p90"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        columns = [setting, "pass", "by"]
-        columns += ["graph,\nwarm L2", "graph,\ncold L2"] if on_gpu else []
-        columns += ["eager wall"]
-        columns += ["laun-\nches"] if on_gpu else []
-        columns += (
-            ["peak\nMiB", "TFLOP/s", "of\nfloor"] if on_gpu and linear else ["GB/s", "of\nfloor"] if on_gpu else []
-        )
-        columns += ["×\nfrozen"] if linear else []
-        columns += ["× ours", "error", "goal", "note"] if on_gpu else ["× ours", "error", "note"]
-        words = (setting, "pass", "by", "goal", "note")
-        folded = ("note", "goal")
-        for column in columns:
-            table.add_column(column, justify="left" if column in words else "right", no_wrap=column not in folded)
-        before = None
-        for row in (r for r in rows if r["shape"] == shape and not r["absent"]):
-            group = (row[setting], row["pass"])
-            if before not in (None, group):
-                table.add_section()
-            name, ratio = row["implementation"], row.get("frozen_ratio") or row.get("eager_frozen_ratio")
-            cells = {
-                setting: row[setting] if group != before else "",
-                "pass": row["pass"] if group != before else "",
-                "by": f"[bold]{name}[/]" if is_ours(name) else name,
-                "graph,\nwarm L2": _time(row["warm_us"]),
-                "graph,\ncold L2": _time(row["cold_us"]),
-                "eager wall": _time(row["eager_us"]),
-                "laun-\nches": "" if row["launches"] is None else str(row["launches"]),
-                "GB/s": "" if row["gb_s"] is None else _number(row["gb_s"]),
-                "of\nfloor": "" if row["floor_share"] is None else f"{100 * row['floor_share']:.1f} %",
-                "peak\nMiB": _number(row["peak_bytes"] / 2**20) if row.get("peak_bytes") is not None else "",
-                "TFLOP/s": _number(row["tflop_s"]) if row.get("tflop_s") else "",
-                "×\nfrozen": f"{ratio:.2f}" if ratio else "",
-                "× ours": f"{factor[id(row)]:.2f}" if id(row) in factor else "",
-                "error": "" if row["error"] is None else f"{row['error']:.0e}",
-                "goal": _goal(row),
-                "note": "; ".join(filter(None, (row["form"], row["note"]))),
-            }
-            table.add_row(*(cells[c] for c in columns))
-            before = group
+    tables = [_table(shape, result, factor) for shape in dict.fromkeys(row["shape"] for row in rows)]
+    if not console.file.isatty():  # a log or a pipe has no width of its own
+        free = console.options.update(max_width=WIDEST)
+        console.width = max([console.width, *(console.measure(table, options=free).maximum for table in tables)])
+    for table in tables:
         console.print(table)
     seconds = f"{result['seconds']:.0f} s"
     console.print(f"on {where['device']}, torch {where['torch']}, variant {settings['variant']}, {seconds}")
@@ -239,10 +201,70 @@ def render(result: dict[str, Any], console: Any) -> None:
         console.print(f"no GPU in use: wall times on {threads} CPU threads alone; the GPU's columns are left out")
     if result["stopped"]:
         console.print("[yellow]![/] stopped: the rows measured until then")
+    for crash in result["failed"]:
+        console.print(f"[red]![/] failed: {crash['case']}: {escape(crash['error'])}")
     for row in rows:
         if row["error"] is not None and not row["error"] <= settings["error_limit"]:
-            case = f"{row['shape']} {row[setting]} {row['pass']}"
+            case = f"{row['shape']} {row.get('experts', row['bands'])} {row['pass']}"
             console.print(f"[red]![/] {row['implementation']} at {case} {row['note']}")
+
+
+def _table(shape: str, result: dict[str, Any], factor: dict[int, float]) -> Any:
+    """The rich table of one shape. factor: :func:`ratios`."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows, settings, on_gpu = result["rows"], result["settings"], result["floor"] is not None
+    linear = any("least_flops" in row for row in rows)
+    setting = "experts" if linear else "bands"
+    title = f"{result['operator']} {shape} {_words(shape, rows)}{settings['dtype']}, µs per call: median p10–p90"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = [setting, "pass", "by"]
+    columns += ["graph,\nwarm L2", "graph,\ncold L2"] if on_gpu else []
+    columns += ["eager wall"]
+    columns += ["laun-\nches"] if on_gpu else []
+    columns += ["peak\nMiB", "TFLOP/s", "of\nfloor"] if on_gpu and linear else ["GB/s", "of\nfloor"] if on_gpu else []
+    columns += ["×\nfrozen"] if linear and on_gpu else []
+    columns += ["eager\n× frozen"] if linear else []
+    columns += ["× ours", "error", "goal", "note"] if on_gpu else ["× ours", "error", "note"]
+    words = (setting, "pass", "by", "goal", "note")
+    for column in columns:
+        folds = column in ("note", "goal")
+        table.add_column(
+            column,
+            justify="left" if column in words else "right",
+            no_wrap=not folds,
+            max_width=NOTE_WIDTH if folds else None,
+        )
+    before = None
+    for row in (r for r in rows if r["shape"] == shape and not r["absent"]):
+        group = (row[setting], row["pass"])
+        if before not in (None, group):
+            table.add_section()
+        name = row["implementation"]
+        cells = {
+            setting: row[setting] if group != before else "",
+            "pass": row["pass"] if group != before else "",
+            "by": f"[bold]{name}[/]" if is_ours(name) else name,
+            "graph,\nwarm L2": _time(row["warm_us"]),
+            "graph,\ncold L2": _time(row["cold_us"]),
+            "eager wall": _time(row["eager_us"]),
+            "laun-\nches": "" if row["launches"] is None else str(row["launches"]),
+            "GB/s": "" if row["gb_s"] is None else _number(row["gb_s"]),
+            "of\nfloor": "" if row["floor_share"] is None else f"{100 * row['floor_share']:.1f} %",
+            "peak\nMiB": _number(row["peak_bytes"] / 2**20) if row.get("peak_bytes") is not None else "",
+            "TFLOP/s": _number(row["tflop_s"]) if row.get("tflop_s") else "",
+            "×\nfrozen": f"{row['frozen_ratio']:.2f}" if row.get("frozen_ratio") else "",
+            "eager\n× frozen": f"{row['eager_frozen_ratio']:.2f}" if row.get("eager_frozen_ratio") else "",
+            "× ours": f"{factor[id(row)]:.2f}" if id(row) in factor else "",
+            "error": "" if row["error"] is None else f"{row['error']:.0e}",
+            "goal": _goal(row),
+            "note": escape("; ".join(filter(None, (row["form"], row["note"])))),
+        }
+        table.add_row(*(cells[c] for c in columns))
+        before = group
+    return table
 
 
 def _words(shape: str, rows: list[dict[str, Any]]) -> str:
@@ -250,7 +272,8 @@ def _words(shape: str, rows: list[dict[str, Any]]) -> str:
     row = next(r for r in rows if r["shape"] == shape)
     if "tokens" not in row:
         return ""
-    return f"({row['tokens']} tokens, {row['in']}→{row['out']}, {row['gate_rows']} gate rows) "
+    linears = f", {row['linears']} linears" if row["linears"] > 1 else ""
+    return f"({row['tokens']} tokens, {row['in']}→{row['out']}, {row['gate_rows']} gate rows{linears}) "
 
 
 def _floor_words(floor: dict[str, Any]) -> str:
@@ -263,9 +286,11 @@ def _floor_words(floor: dict[str, Any]) -> str:
 
 
 def save_json(result: dict[str, Any], path: Path) -> None:
-    """Everything, indented, keys in their order; NaN as null."""
+    """Everything, indented, keys in their order; NaN as null. The file is whole at any time."""
     text = json.dumps(_plain(result), indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _plain(value: Any) -> Any:
@@ -321,7 +346,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     rows = [r for r in result["rows"] if r["warm_us"] or r["eager_us"]]
     panels = list(dict.fromkeys((r["pass"], r.get("experts") or r["bands"]) for r in rows))
     shapes = list(dict.fromkeys(r["shape"] for r in rows))
-    names = [n for n in COLOURS if any(r["implementation"] == n for r in rows)]
+    present = list(dict.fromkeys(r["implementation"] for r in rows))
+    forced = [name for name in present if name not in COLOURS]
+    colours = COLOURS | {name: VARIANT_COLOURS[i % len(VARIANT_COLOURS)] for i, name in enumerate(forced)}
+    names = [name for name in colours if name in present]
     across = 0.85 / max(1, len(names))
     size = (max(6.0, 1.5 + 1.1 * len(shapes)), 0.8 + 2.6 * max(1, len(panels)))
     figure, axes = pyplot.subplots(max(1, len(panels)), 1, figsize=size, squeeze=False, layout="constrained")
@@ -336,7 +364,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 x,
                 times["median"],
                 across * 0.92,
-                color=COLOURS[row["implementation"]],
+                color=colours[row["implementation"]],
                 hatch=None if solid else "///",
                 edgecolor="white",
                 linewidth=0.4,

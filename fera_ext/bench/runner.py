@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import math
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -40,7 +42,7 @@ class Session:
         self.options = options
         self.device = options.device
         self.dtype = options.dtype
-        self.compiler = Compiler(options.compile_seconds)
+        self.compiler = Compiler(options.compile_seconds, options.budget)
         self.timer = gpu_timer(options)
         self._picked: dict[Hashable, str] = {}
         self._shared: dict[Hashable, Any] = {}
@@ -60,13 +62,25 @@ class Session:
         if len(contenders) == 1:
             return next(iter(contenders))
         if key not in self._picked:
-            runs = {name: c.run for name, c in contenders.items()}
-            times: Mapping[str, Spread] = wall(runs, self.device, rounds=3, batch_seconds=0.0)
-            if self.timer:
-                with suppress(RuntimeError):  # what cannot be captured is compared by wall time
-                    times = self.timer.warm({name: self.timer.capture(run, 5) for name, run in runs.items()}, 5)
-            self._picked[key] = min(times, key=lambda name: times[name].median)
+            times = self._times({name: c.run for name, c in contenders.items()})
+            # Where none has a time, each says why when it is warmed up.
+            self._picked[key] = min(times, key=lambda name: times[name].median, default=next(iter(contenders)))
         return self._picked[key]
+
+    def _times(self, runs: Mapping[str, Callable[[], Any]]) -> Mapping[str, Spread]:
+        failed: dict[str, Exception] = {}
+        times = wall(runs, self.device, rounds=3, batch_seconds=0.0, failed=failed)
+        if not self.timer or not times:
+            return times
+        try:
+            with self.timer.shared_memory():
+                return self._graph_times({name: runs[name] for name in times}, self.timer)
+        except RuntimeError:  # what cannot be captured is compared by wall time
+            return times
+
+    @staticmethod
+    def _graph_times(runs: Mapping[str, Callable[[], Any]], timer: timing_cuda.GpuTimer) -> Mapping[str, Spread]:
+        return timer.warm({name: timer.capture(run, 5) for name, run in runs.items()}, 5)
 
     def warm_up(self, contender: Contender) -> tuple[Tensor, ...]:
         """Three calls; the last one's answers."""
@@ -99,7 +113,14 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch, CuPy or a library of theirs found no memory."""
+    return type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error)
+
+
 def _line(error: BaseException) -> str:
+    if out_of_memory(error):
+        return "out of memory"
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
 
@@ -147,12 +168,12 @@ Counted = tuple[Row, Callable[[], Any]]
 def measure(case: Case, session: Session) -> tuple[list[Row], list[Counted]]:
     """One case: its rows, and (row, call) of those whose launches are to be counted.
 
-    A contender that is absent, fails or disagrees keeps its row, without times, with the reason; the operator
-    itself must work.
+    A contender that is absent, fails, disagrees or finds no memory keeps its row, without times, with the reason;
+    the operator itself may only lack memory.
     """
     entries: list[_Entry] = []
     rows: list[Row] = []
-    ours: tuple[Tensor, ...] = ()
+    ours: tuple[Tensor, ...] | None = None
     for found in case.build(session):
         if not is_ours(found.name) and found.name not in session.options.peers:
             continue
@@ -166,13 +187,15 @@ def measure(case: Case, session: Session) -> tuple[list[Row], list[Counted]]:
         try:
             answers = session.warm_up(found)
         except Exception as error:
-            if found.name == OURS:
+            if found.name == OURS and not out_of_memory(error):
                 raise
             entry.note(_line(error))
             continue
         if found.name == OURS:
             ours = answers
-        elif found.comparable:
+        elif found.comparable and ours is None:
+            entry.note(f"not compared: {OURS} has no answers")
+        elif found.comparable and ours is not None:
             gap = relative_error(answers, ours)
             entry.row["error"] = gap
             if not gap <= case.limit:
@@ -184,10 +207,17 @@ def measure(case: Case, session: Session) -> tuple[list[Row], list[Counted]]:
     rounds, batch = session.options.rounds, session.options.batch_seconds
     if session.timer:
         rounds = _gpu_times(entries, session.timer, case.least_flops is not None)
-    eager = wall(runs, session.device, rounds, batch, around=lambda name: contenders[name].applied())
+    failed: dict[str, Exception] = {}
+    eager = wall(runs, session.device, rounds, batch, lambda name: contenders[name].applied(), failed)
     for entry in entries:
-        entry.row["eager_us"] = asdict(eager[entry.contender.name])
-    return rows, [(e.row, e.contender.call) for e in entries]
+        name = entry.contender.name
+        if name not in failed:
+            entry.row["eager_us"] = asdict(eager[name])
+        elif name == OURS and not out_of_memory(failed[name]):
+            raise failed[name]
+        else:
+            entry.note(f"eager: {_line(failed[name])}")
+    return rows, [(e.row, e.contender.call) for e in entries if e.contender.name not in failed]
 
 
 def ours(options: Options, session: Session) -> Iterator[tuple[Contender, Case]]:
@@ -196,7 +226,12 @@ def ours(options: Options, session: Session) -> Iterator[tuple[Contender, Case]]
         yield next(c for c in case.build(session) if isinstance(c, Contender) and c.name == OURS), case
 
 
-def _captured(entries: Sequence[_Entry], timer: timing_cuda.GpuTimer, calls: Mapping[str, int]) -> dict[str, Any]:
+def _captured(
+    entries: Sequence[_Entry],
+    timer: timing_cuda.GpuTimer,
+    calls: Mapping[str, int],
+    before: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Graphs of the contenders that a graph can hold; the others' rows say why not."""
     graphs = {}
     for entry in entries:
@@ -205,7 +240,7 @@ def _captured(entries: Sequence[_Entry], timer: timing_cuda.GpuTimer, calls: Map
             entry.note("not capturable")
             continue
         try:
-            graphs[name] = timer.capture(entry.contender.call, calls[name])
+            graphs[name] = timer.capture(entry.contender.call, calls[name], before)
         except RuntimeError as error:
             entry.note(f"capture failed: {_line(error)}")
     return graphs
@@ -214,29 +249,43 @@ def _captured(entries: Sequence[_Entry], timer: timing_cuda.GpuTimer, calls: Map
 def _gpu_times(entries: list[_Entry], timer: timing_cuda.GpuTimer, long: bool) -> int:
     """Times of graphs into the rows, with ``long`` of planned ones, and peak memory; returns the rounds."""
     names = [entry.contender.name for entry in entries]
-    each, cold_each = dict.fromkeys(names, timing_cuda.CALLS), dict.fromkeys(names, timing_cuda.COLD_CALLS)
-    rounds = timer.rounds
+    planned = timing_cuda.Plan(
+        dict.fromkeys(names, timing_cuda.CALLS), dict.fromkeys(names, timing_cuda.COLD_CALLS), timer.rounds
+    )
     if long:
         for entry in entries:
-            entry.row["peak_bytes"] = timer.peak_bytes(entry.contender.call)
-        graphs = _captured(entries, timer, dict.fromkeys(names, 2))
-        if not graphs:
-            return rounds
-        planned = timing_cuda.plan({n: t.median for n, t in timer.warm(graphs, 2, 2).items()}, rounds)
-        each, cold_each, rounds = planned.warm, planned.cold, planned.rounds
-        entries = [entry for entry in entries if entry.contender.name in graphs]
-        graphs.clear()
-    graphs = _captured(entries, timer, each)
-    if not graphs:
-        return rounds
-    captured = {entry.contender.name: entry for entry in entries if entry.contender.name in graphs}
-    warm = timer.warm(graphs, each, rounds)
-    cold = timer.cold({name: entry.contender.call for name, entry in captured.items()}, cold_each, rounds)
-    for name, entry in captured.items():
-        entry.row["warm_us"], entry.row["cold_us"] = asdict(warm[name]), asdict(cold[name])
+            try:
+                entry.row["peak_bytes"] = timer.peak_bytes(entry.contender.call)
+            except RuntimeError as error:
+                entry.note(f"peak memory: {_line(error)}")
+        with timer.shared_memory():
+            rough = _rough(entries, timer)
+        planned = timing_cuda.plan(rough, timer.rounds)
+        entries = [entry for entry in entries if entry.contender.name in rough]
+    with timer.shared_memory():
+        _fill(entries, timer, planned, long)
+    return planned.rounds
+
+
+def _rough(entries: Sequence[_Entry], timer: timing_cuda.GpuTimer) -> dict[str, float]:
+    """About how many microseconds a call takes, of those that can be captured."""
+    graphs = _captured(entries, timer, dict.fromkeys([entry.contender.name for entry in entries], 2))
+    return {name: time.median for name, time in timer.warm(graphs, 2, 2).items()}
+
+
+def _fill(entries: Sequence[_Entry], timer: timing_cuda.GpuTimer, planned: timing_cuda.Plan, long: bool) -> None:
+    """Warm and cold times into the rows; the graphs are gone afterwards."""
+    graphs = _captured(entries, timer, planned.warm)
+    entries = [entry for entry in entries if entry.contender.name in graphs]
+    flushed = _captured(entries, timer, planned.cold, timer.flush)
+    warm = timer.warm(graphs, planned.warm, planned.rounds)
+    cold = timer.cold(flushed, planned.cold, planned.rounds)
+    for entry in entries:
+        name = entry.contender.name
+        entry.row["warm_us"] = asdict(warm[name])
+        entry.row["cold_us"] = asdict(cold[name]) if name in cold else None
         if long:
-            entry.row["calls_per_graph"] = each[name]
-    return rounds
+            entry.row["calls_per_graph"] = planned.warm[name]
 
 
 @contextmanager
@@ -253,11 +302,22 @@ def _settings() -> Iterator[None]:
         cudnn.allow_tf32, cudnn.benchmark = before
 
 
-def measure_all(options: Options, console: Any = None) -> dict[str, Any]:
+Result = dict[str, Any]
+
+
+def measure_all(options: Options, console: Any = None, keep: Callable[[Result], None] | None = None) -> Result:
     """Runs every case of the operator; the JSON-ready result.
 
-    Keys: ``schema``, ``environment``, ``settings``, ``floor`` (None on a CPU), ``rows``, ``ok`` (False when a
-    contender disagrees), ``stopped`` (Ctrl-C: what was measured until then stays), ``seconds``.
+    A case that crashes costs its own rows alone; the run goes on with the next while the device still answers.
+
+    Keys: ``schema``, ``environment``, ``settings``, ``floor`` (None on a CPU), ``rows``, ``failed`` (case, error
+    and traceback of what crashed), ``ok`` (False when a contender disagrees or something crashed), ``stopped``
+    (Ctrl-C: what was measured until then stays), ``cases`` (how many there are), ``seconds``.
+
+    Args:
+        options: the run's.
+        console: a rich console for the plan and the case at work.
+        keep: takes the result as it is after each case, so that nothing is lost with the process.
     """
     from fera_ext.bench.report import environment, finish_rows
 
@@ -266,49 +326,123 @@ def measure_all(options: Options, console: Any = None) -> dict[str, Any]:
     cases = list(module.cases(options))
     rows: list[Row] = []
     counted: list[Counted] = []
-    stopped = False
+    failed: list[dict[str, str]] = []
     session = Session(options)
+    where = environment(options.device)
+    limit = max((case.limit for case in cases), default=LIMIT)
+    linear = {"masters": options.masters} if options.experts else {}
     floor: dict[str, Any] | None = None
+
+    def result(stopped: bool = False) -> Result:
+        finish_rows(rows, floor)
+        return {
+            "schema": 1,
+            "operator": options.operator,
+            "environment": where,
+            "settings": {
+                "dtype": str(options.dtype).removeprefix("torch."),
+                "variant": options.variant,
+                **linear,
+                "calls_per_graph": timing_cuda.CALLS,
+                "rounds": options.rounds,
+                "peers": list(options.peers),
+                "compile_seconds": session.compiler.spent,
+                "budget": options.budget,
+                "error_limit": limit,
+            },
+            "floor": floor,
+            "rows": rows,
+            "failed": failed,
+            "ok": not failed and all(row["error"] is None or row["error"] <= limit for row in rows),
+            "stopped": stopped,
+            "cases": len(cases),
+            "seconds": time.perf_counter() - start,
+        }
+
+    if console is not None:
+        console.print(plan_words(options, cases))
     with _settings(), session.context():
         if session.timer:
+            session.timer.touch()
             size, rate = session.timer.copy_rate()
             floor = {"copy_bytes": size, "copy_gb_s": rate, "empty_us": asdict(session.timer.empty())}
             if any(case.least_flops is not None for case in cases):
                 floor["product_side"], floor["product_tflop_s"] = session.timer.product_rate(options.dtype)
         try:
-            for case in _shown(cases, console):
-                found, calls = measure(case, session)
-                rows += found
-                counted += calls
+            for done, case in enumerate(_shown(cases, console)):
+                if options.budget is not None:
+                    spent = time.perf_counter() - start
+                    session.compiler.room = room(options.budget, spent, session.compiler.spent, done, len(cases))
+                try:
+                    found, calls = measure(case, session)
+                    rows += found
+                    counted += calls
+                except Exception as error:
+                    failed.append(_crash(case_words(case), error))
+                if keep:
+                    keep(result())
+                if failed and _device_is_lost(session):
+                    break
             if session.timer:
-                counts = timing_cuda.launches([run for _, run in counted])
-                for (row, _), count in zip(counted, counts):
-                    row["launches"] = count
+                _count_launches(counted, failed)
         except KeyboardInterrupt:
-            stopped = True
-    finish_rows(rows, floor)
-    limit = max((case.limit for case in cases), default=LIMIT)
-    linear = {"masters": options.masters} if options.experts else {}
-    return {
-        "schema": 1,
-        "operator": options.operator,
-        "environment": environment(options.device),
-        "settings": {
-            "dtype": str(options.dtype).removeprefix("torch."),
-            "variant": options.variant,
-            **linear,
-            "calls_per_graph": timing_cuda.CALLS,
-            "rounds": options.rounds,
-            "peers": list(options.peers),
-            "compile_seconds": session.compiler.spent,
-            "error_limit": limit,
-        },
-        "floor": floor,
-        "rows": rows,
-        "ok": all(row["error"] is None or row["error"] <= limit for row in rows),
-        "stopped": stopped,
-        "seconds": time.perf_counter() - start,
-    }
+            return result(stopped=True)
+    return result()
+
+
+REST = 1.15
+"""What the cases' seconds grow by in the end: launches are counted after the last."""
+
+
+def room(budget: float, spent: float, compiled: float, done: int, cases: int) -> float:
+    """Seconds of the budget left for compiling, when each case to come takes what those done took in the mean.
+
+    Args:
+        budget, spent: of the whole run, seconds.
+        compiled: seconds of ``spent`` that went to torch.compile.
+        done, cases: how many cases there were, and are in all.
+    """
+    each = (spent - compiled) / done if done else 0.0
+    return budget - spent - REST * each * (cases - done)
+
+
+def plan_words(options: Options, cases: Sequence[Case]) -> str:
+    """How much there is to do."""
+    words = f"{options.operator}: {len(cases)} cases, {len(options.shapes)} shapes"
+    if "compiled" not in options.peers:
+        return words
+    limit = f"up to {options.compile_seconds:g} s" if math.isfinite(options.compile_seconds) else "all it needs"
+    within = "" if options.budget is None else f", less where the run would take over {options.budget:g} s"
+    return f"{words}; torch.compile may take {limit}{within}"
+
+
+def case_words(case: Case) -> str:
+    """A case by its shape, setting and pass."""
+    return f"{case.shape} {case.fields.get('experts', case.bands)} {case.pass_name}"
+
+
+def _crash(what: str, error: Exception) -> dict[str, str]:
+    return {"case": what, "error": _line(error), "traceback": "".join(traceback.format_exception(error))}
+
+
+def _device_is_lost(session: Session) -> bool:
+    """Whether an error has left the device unusable."""
+    try:
+        synchronise(session.device)
+    except Exception:
+        return True
+    return False
+
+
+def _count_launches(counted: Sequence[Counted], failed: list[dict[str, str]]) -> None:
+    """Launches into the rows; where they cannot be counted the rows keep their times."""
+    try:
+        counts = timing_cuda.launches([run for _, run in counted])
+    except Exception as error:
+        failed.append(_crash("counting launches", error))
+        return
+    for (row, _), count in zip(counted, counts):
+        row["launches"] = count
 
 
 def _shown(cases: list[Case], console: Any) -> Iterator[Case]:
@@ -318,7 +452,5 @@ def _shown(cases: list[Case], console: Any) -> Iterator[Case]:
         return
     with console.status("") as status:
         for index, case in enumerate(cases, 1):
-            status.update(
-                f"{index} of {len(cases)}: {case.shape} {case.fields.get('experts', case.bands)} {case.pass_name}"
-            )
+            status.update(f"{index} of {len(cases)}: {case_words(case)}")
             yield case

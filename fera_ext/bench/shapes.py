@@ -32,13 +32,15 @@ QUICK_SHAPES: tuple[Shape, ...] = ((4, 4, 64, 64), (4, 4, 128, 128))
 LINEARS: tuple[Shape, ...] = (
     (4, 4096, 320, 320),
     (4, 4096, 640, 640),
+    (4, 4096, 640, 640, 3),
     (4, 1024, 1280, 1280),
     (4, 77, 2048, 1280),
     (4, 4096, 2432, 2432),
     (1, 4608, 3072, 3072),
     (1, 4608, 3072, 12288),
 )
-"""The linears timed by default: (gate rows, tokens of each, in, out)."""
+"""The linears timed by default: (gate rows, tokens of each, in, out), and how many linears share the input where it is
+more than one (q, k and v)."""
 
 ALL_LINEARS = (
     *LINEARS,
@@ -76,6 +78,7 @@ EAGER_GOALS: dict[tuple[str, str], dict[Shape, int]] = {("fecl_loss", "step"): d
 LINEAR_GOALS: dict[Shape, dict[int, float]] = {
     (4, 4096, 320, 320): {12: 2.0, 128: 2.2},
     (4, 4096, 640, 640): {12: 1.6, 128: 1.75},
+    (4, 4096, 640, 640, 3): {12: 1.4, 128: 1.5},
     (4, 1024, 1280, 1280): {12: 1.4, 128: 1.55},
     (4, 4096, 2432, 2432): {12: 1.12, 128: 1.2},
     (1, 4608, 3072, 3072): {12: 1.14, 128: 1.22},
@@ -108,20 +111,31 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 def parse_linears(text: str) -> tuple[Shape, ...]:
     """``4x4096x320x320`` to (gate rows, tokens of each, in, out); ``default``, ``all`` and ``quick`` are lists.
 
-    Three numbers are all the tokens, in and out: the default shape of that size, else one gate row.
+    Three numbers are all the tokens, in and out: the default shape of that size, else one gate row. ``:3`` after
+    them is a group of three linears that share their input, a fifth number of the shape.
 
     Raises:
-        ValueError: neither three nor four positive numbers.
+        ValueError: neither three nor four positive numbers, or a group that is no positive number.
     """
     lists = {"default": LINEARS, "all": ALL_LINEARS, "quick": QUICK_LINEARS}
     if text in lists:
         return lists[text]
-    known = {(g * t, i, o): (g, t, i, o) for g, t, i, o in LINEARS}
+    known = {(g * t, i, o): (g, t, i, o) for g, t, i, o, *_ in LINEARS}
     found: list[Shape] = []
     for part in text.split(","):
-        numbers = part.split("x")
-        if len(numbers) not in (3, 4) or not all(n.isascii() and n.isdigit() and int(n) > 0 for n in numbers):
-            raise ValueError(f"shapes must be default, all, or like 4x4096x320x320,4608x3072x3072, got {part!r}")
-        shape = tuple(map(int, numbers))
-        found.append(shape if len(shape) == 4 else known.get((shape[0], shape[1], shape[2]), (1, *shape)))
+        one, colon, group = part.partition(":")
+        numbers = [*one.split("x"), group if colon else "1"]
+        if len(numbers) not in (4, 5) or not all(n.isascii() and n.isdigit() and int(n) > 0 for n in numbers):
+            raise ValueError(
+                f"shapes must be default, all, or like 4x4096x320x320,4608x3072x3072,16384x640x640:3, got {part!r}"
+            )
+        *sizes, count = map(int, numbers)
+        shape = tuple(sizes) if len(sizes) == 4 else known.get((sizes[0], sizes[1], sizes[2]), (1, *sizes))
+        found.append(shape if count == 1 else (*shape, count))
     return tuple(dict.fromkeys(found))
+
+
+def linear_name(shape: Shape) -> str:
+    """A linear's shape as :func:`parse_linears` takes it."""
+    name = "x".join(map(str, shape[:4]))
+    return name if len(shape) == 4 else f"{name}:{shape[4]}"

@@ -60,21 +60,35 @@ def wall(
     rounds: int = 20,
     batch_seconds: float = 1e-3,
     around: Callable[[str], AbstractContextManager[Any]] = _nothing_around,
+    failed: dict[str, Exception] | None = None,
 ) -> dict[str, Spread]:
     """Eager wall time per call of each run.
 
     A sample is a batch of calls that ends with one synchronisation, divided by its calls; a batch is long
     enough for ``batch_seconds``. The runs take turns, so that a disturbance or a drifting clock meets them all.
-    ``around(name)`` stands around each batch, outside the clock.
+    ``around(name)`` stands around each batch, outside the clock. A run that raises has no time and its error in
+    ``failed``; without ``failed`` the error is raised.
     """
+    errors: dict[str, Exception] = {} if failed is None else failed
+
+    def seconds_of(name: str, count: int) -> float:
+        try:
+            with around(name):
+                return _batch(runs[name], count, device) / count
+        except Exception as error:
+            if failed is None:
+                raise
+            errors[name] = error.with_traceback(None)  # its frames would keep tensors alive
+            return 0.0
+
     calls = {}
-    for name, run in runs.items():
-        with around(name):
-            _batch(run, 2, device)
-            calls[name] = max(1, min(1000, round(batch_seconds / max(_batch(run, 3, device) / 3, 1e-7))))
+    for name in runs:
+        seconds_of(name, 2)
+        if name not in errors:
+            calls[name] = max(1, min(1000, round(batch_seconds / max(seconds_of(name, 3), 1e-7))))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, run in runs.items():
-            with around(name):
-                seconds[name].append(_batch(run, calls[name], device) / calls[name])
-    return {name: spread([1e6 * s for s in samples]) for name, samples in seconds.items()}
+        for name, count in calls.items():
+            if name not in errors:
+                seconds[name].append(seconds_of(name, count))
+    return {name: spread([1e6 * s for s in samples]) for name, samples in seconds.items() if name not in errors}

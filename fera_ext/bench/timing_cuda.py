@@ -15,11 +15,16 @@ Where one call takes long, a graph holds fewer of them and there are fewer round
 
 Before each round the GPU is held busy by a short spin, so that the replays queue up behind it and no
 sample contains the host's launch time.
+
+The graphs of a case share one pool of memory (:meth:`GpuTimer.shared_memory`): replays follow one another on one
+stream, each computes everything it reads there from tensors made before any capture, and no call's outputs are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +39,8 @@ SPIN = 400_000
 """Clock cycles the GPU spins before each round, about 0.2 ms: ahead of the host by more than a launch."""
 COPY_BYTES = 1 << 30
 PRODUCT_SIDE = 8192
+EMPTY = "The CUDA Graph is empty"
+"""How torch's warning of a capture without any work begins."""
 ROUND_US, CASE_US = 20e3, 200e3
 """What a round of all contenders, and all rounds of a case, should take on the GPU where calls are long."""
 
@@ -77,6 +84,8 @@ class GpuTimer:
         self.l2_bytes = int(getattr(cuda.get_device_properties(device), "L2_cache_size", 0)) or 64 << 20
         self._buffer: torch.Tensor | None = None
         self._flushes: dict[int, Any] = {}
+        self._pool: Any = None
+        self._failed: list[Any] = []
 
     def stream_context(self) -> Any:
         """The timer's stream as the current one."""
@@ -88,33 +97,74 @@ class GpuTimer:
             self._buffer = torch.empty(2 * self.l2_bytes // 4, dtype=torch.float32, device=self.device)
         self._buffer.fill_(1.0)
 
-    def capture(self, run: Run, calls: int = CALLS, before: Run | None = None) -> Any:
+    def touch(self) -> None:
+        """A backward pass of one number, before any other: autograd's thread launches a kernel, which makes the
+        device's context current there. cuBLAS, were it the first, would find none and warn."""
+        one = torch.ones(1, device=self.device, requires_grad=True)
+        torch.autograd.grad((one * 2).sum(), one)
+        cuda.synchronize(self.device)
+
+    @contextmanager
+    def shared_memory(self) -> Iterator[None]:
+        """Graphs captured inside share one pool of memory; they must be dropped before the end."""
+        # A capture may not give back what earlier graphs and calls have left in torch's caches.
+        cuda.empty_cache()
+        self._pool = cuda.graph_pool_handle()
+        try:
+            yield
+        finally:
+            self._pool = None
+            cuda.empty_cache()
+
+    def capture(self, run: Run, calls: int = CALLS, before: Run | None = None, alone: bool = False) -> Any:
         """A graph of ``calls`` times (``before``, ``run``), both already warm.
 
+        Args:
+            run, before: single calls.
+            calls: how many the graph holds.
+            alone: with memory of its own even inside :meth:`shared_memory`: the graph may outlive it.
+
         Raises:
-            RuntimeError: something in the run cannot be captured.
+            RuntimeError: something in the run cannot be captured, or nothing was.
         """
         graph = cuda.CUDAGraph()
+        pool = cuda.graph_pool_handle() if alone or self._pool is None else self._pool
         cuda.synchronize()
-        graph.capture_begin()
+        graph.capture_begin(pool=pool)
         try:
             for _ in range(calls):
                 if before is not None:
                     before()
                 run()
-        except BaseException:
-            self._abandon(graph)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=EMPTY)
+                graph.capture_end()
+        except BaseException as error:
+            self._abandon(graph, pool)
+            if isinstance(error, Warning):
+                raise RuntimeError("capture: run must put work on the current stream, got an empty graph") from None
             raise
-        graph.capture_end()
         return graph
 
-    @staticmethod
-    def _abandon(graph: Any) -> None:
+    def _abandon(self, graph: Any, pool: Any) -> None:
         """Ends a capture that failed; the end's own complaint is the same failure again."""
         try:
-            graph.capture_end()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=EMPTY)
+                graph.capture_end()
         except RuntimeError:
-            return
+            # An invalidated capture ends before torch tells its allocator, which would go on as if one were under
+            # way and never give cached memory back.
+            with suppress(AttributeError, RuntimeError):
+                index = cuda.current_device()
+                torch._C._cuda_endAllocateToPool(index, pool)
+                torch._C._cuda_releasePool(index, pool)
+            self._failed.append(graph)  # torch may still point to it
+        graph.reset()
+        if self._pool is not None:
+            # A pool whose last graph has died, or whose capture has not ended, takes no other.
+            self._pool = cuda.graph_pool_handle()
+        cuda.empty_cache()
 
     def replays(self, graphs: Mapping[str, Any], rounds: int | None = None) -> dict[str, list[float]]:
         """Microseconds of each replay of each graph, one a round, in turns."""
@@ -140,26 +190,25 @@ class GpuTimer:
         return {name: spread([t / each[name] for t in times]) for name, times in self.replays(graphs, rounds).items()}
 
     def cold(
-        self, runs: Mapping[str, Run], calls: int | Mapping[str, int] = COLD_CALLS, rounds: int | None = None
+        self, graphs: Mapping[str, Any], calls: int | Mapping[str, int] = COLD_CALLS, rounds: int | None = None
     ) -> dict[str, Spread]:
-        """Time per call with a flushed L2; the runs must be capturable."""
-        each = _each(calls, runs)
-        found = {}
-        # The flush is measured beside each run of the round, not once a round: pairs are neighbours.
-        graphs: dict[str, Any] = {}
-        for name, run in runs.items():
-            graphs[f"{name} flush"] = self._flush_graph(each[name])
-            graphs[name] = self.capture(run, each[name], before=self.flush)
-        times = self.replays(graphs, rounds)
-        for name in runs:
-            pairs = zip(times[name], times[f"{name} flush"])
-            found[name] = spread([(both - flush) / each[name] for both, flush in pairs])
-        return found
+        """Time per call with a flushed L2, of graphs of ``calls`` calls captured with :meth:`flush` before each."""
+        each = _each(calls, graphs)
+        # The flush is measured beside each graph of the round, not once a round: pairs are neighbours.
+        pairs: dict[str, Any] = {}
+        for name, graph in graphs.items():
+            pairs[f"{name} flush"] = self._flush_graph(each[name])
+            pairs[name] = graph
+        times = self.replays(pairs, rounds)
+        return {
+            name: spread([(both - flush) / each[name] for both, flush in zip(times[name], times[f"{name} flush"])])
+            for name in graphs
+        }
 
     def _flush_graph(self, calls: int) -> Any:
         if calls not in self._flushes:
             self.flush()
-            self._flushes[calls] = self.capture(self.flush, calls)
+            self._flushes[calls] = self.capture(self.flush, calls, alone=True)
         return self._flushes[calls]
 
     def empty(self) -> Spread:
