@@ -8,7 +8,7 @@ from samples import Sample
 
 from fera_ext import ops, reference
 
-LINEARS = ("expert_linear", "expert_update")
+LINEARS = ("expert_linear", "expert_update", "expert_linear_group")
 
 
 def limit(sample: Sample, dtype: torch.dtype) -> float:
@@ -29,8 +29,10 @@ def assert_matches_float64(sample: Sample, dtype: torch.dtype, device: torch.dev
         ("output", *sample.leaves), [out, *grads], [plain_out, *plain_grads], [ref_out, *ref_grads]
     ):
         error = tolerances.error(got, ref)
-        # An output or gradient stored in a 16-bit dtype carries that dtype's rounding.
-        bound = max(limit(sample, dtype), tolerances.LOW.get(got.dtype, 0))
+        # An output or gradient stored in a 16-bit dtype carries that dtype's rounding, and more than usual where it
+        # is so small that float16 has only subnormal numbers for it: then the exact answer, stored, is as far off.
+        stored = tolerances.SLACK * tolerances.error(ref.to(got.dtype), ref) if got.dtype in tolerances.LOW else 0
+        bound = max(limit(sample, dtype), tolerances.LOW.get(got.dtype, 0), stored)
         allowed = max(bound, tolerances.SLACK * tolerances.error(plain, ref)) if dtype == torch.float32 else bound
         assert error <= allowed, (name, error, tolerances.error(plain, ref))
         if got.dtype in tolerances.LOW:

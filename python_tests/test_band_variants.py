@@ -32,18 +32,21 @@ def _sample(op: str, shape: tuple[int, ...], bands: Bands) -> Sample:
 
 
 BOTH = [_sample(op, shape, Bands.dog(3)) for op in OPS for shape in ((2, 4, 64, 64), (2, 5, 128, 128))]
-GRID_ONLY = [
+BLURS = [
     _sample(op, shape, bands)
     for op in OPS
     for shape, bands in (
-        ((3, 3, 37, 20), Bands.dog(3)),
         ((3, 3, 37, 20), Bands.author(3)),
         ((2, 4, 64, 64), Bands.author(3)),
+        ((1, 19, 50, 61), Bands.author(4)),
+        ((2, 5, 128, 128), Bands.author(3)),
+        ((1, 4, 104, 152), Bands.author(2)),
     )
 ]
+GRID_ONLY = [_sample(op, (3, 3, 37, 20), Bands.dog(3)) for op in OPS]
 CASES = [
     pytest.param(variant, sample, id=f"{variant}-{sample}")
-    for variant, found in (("cluster", BOTH), ("grid", BOTH + GRID_ONLY))
+    for variant, found in (("cluster", BOTH), ("strips", BLURS), ("grid", BOTH + GRID_ONLY + BLURS[:2]))
     for sample in found
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -53,7 +56,7 @@ def _force(monkeypatch: pytest.MonkeyPatch, variant: str, sample: Sample, dtype:
     """Forces a variant; skips where the GPU has none, and for nothing else: sm_90 must have the usual sizes."""
     shape = sample.arguments["fera" if sample.op == "fecl_loss" else "z"].shape
     monkeypatch.setenv(VARIABLE, variant)
-    if variant == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+    if variant != "grid" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs thread block clusters (sm_90)")
     assert band_variant(tuple(shape), dtype, sample.arguments["bands"], CUDA) == variant
 
@@ -97,31 +100,36 @@ def test_replayed_graph(variant: str, sample: Sample, dtype: torch.dtype, monkey
 def test_an_unknown_variant(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "nonsense")
     given = _sample(op, (2, 4, 64, 64), Bands.dog(3)).cast(torch.float32, CUDA)
-    sentence = f"{op}: FERA_BAND_VARIANT must be auto, cluster or grid, got nonsense"
+    sentence = f"{op}: FERA_BAND_VARIANT must be auto, cluster, strips or grid, got nonsense"
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
         given.run(ops)
 
 
+REFUSED = "auto or another variant for this device, size, dtype, layout and these bands"
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
-    "shape,bands,dtype",
+    "variant,shape,bands,dtype",
     [
-        ((2, 4, 24, 40), Bands.dog(3), torch.float32),
-        ((2, 4, 64, 64), Bands.author(3), torch.float32),
-        ((2, 4, 64, 64), Bands.dog(3), torch.float64),
+        ("cluster", (2, 4, 24, 40), Bands.dog(3), torch.float32),
+        ("cluster", (2, 4, 64, 64), Bands.author(3), torch.float32),
+        ("cluster", (2, 4, 64, 64), Bands.dog(3), torch.float64),
+        ("strips", (2, 4, 64, 64), Bands.dog(3), torch.float32),
+        ("strips", (2, 4, 24, 40), Bands.author(5), torch.float32),
+        ("strips", (2, 4, 64, 64), Bands.author(3), torch.float64),
     ],
-    ids=["size", "author", "float64"],
+    ids=["size", "author", "float64", "spectral", "blurs", "float64-author"],
 )
-def test_no_cluster_kernel(
-    op: str, shape: tuple[int, ...], bands: Bands, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_no_such_kernel(
+    op: str, variant: str, shape: tuple[int, ...], bands: Bands, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A forced variant that a latent does not have is refused, never replaced by the other one."""
+    """A forced variant that a latent does not have is refused, never replaced by another one."""
     given = _sample(op, shape, bands).cast(dtype, CUDA)
     given.run(ops)  # without the force it works
-    monkeypatch.setenv(VARIABLE, "cluster")
+    monkeypatch.setenv(VARIABLE, variant)
     assert band_variant(shape, dtype, bands, CUDA) == ""
-    rule = "auto or grid for this device, size, dtype and layout"
-    sentence = f"{op}: FERA_BAND_VARIANT must be {rule}, got cluster"
+    sentence = f"{op}: FERA_BAND_VARIANT must be {REFUSED}, got {variant}"
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
         given.run(ops)
 
@@ -131,7 +139,7 @@ def test_a_refused_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     z = torch.randn(2, 4, 24, 40, device=CUDA, requires_grad=True)
     out = ops.band_energy(z, Bands.dog(3)).sum()
     monkeypatch.setenv(VARIABLE, "cluster")
-    with pytest.raises(ValueError, match=r"^band_energy_backward: FERA_BAND_VARIANT must be auto or grid"):
+    with pytest.raises(ValueError, match=f"^band_energy_backward: FERA_BAND_VARIANT must be {REFUSED}"):
         out.backward()
 
 

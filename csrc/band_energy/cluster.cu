@@ -27,7 +27,9 @@ constexpr int kMultiprocessors = 132;       // of the largest sm_90; only a meas
 struct Kernels {
   int h, w, size;
   int least_threads;  // each plane's last butterfly of rows, first of columns backwards, at once
-  void (*energies)(Source, ClusterPlan, const float*, int, Finish<float>, double*);
+  size_t kept;        // float2 of a complex plane's spectrum, where it is kept
+  void (*energies)(Source, ClusterPlan, const float*, int, Finish<float>, double*, float2*);
+  void (*keeping)(Source, ClusterPlan, const float*, int, Finish<float>, double*, float2*);
   void (*gradient)(Source, ClusterPlan, const float*, int, ClusterGradient);
   size_t (*shared_bytes)(const ClusterPlan&, int, int, int);
 };
@@ -39,7 +41,9 @@ const Kernels kKernels[] = {
    S,                                                               \
    std::max(ClusterSize<H, W, S>::rows * ClusterSize<H, W, S>::w1,  \
             ClusterSize<H, W, S>::cols * ClusterSize<H, W, S>::h2), \
-   cluster_energies<ClusterSize<H, W, S>>,                          \
+   size_t{S} * ClusterSize<H, W, S>::column_plane,                  \
+   cluster_energies<ClusterSize<H, W, S>, false>,                   \
+   cluster_energies<ClusterSize<H, W, S>, true>,                    \
    cluster_gradient<ClusterSize<H, W, S>>,                          \
    cluster_shared_bytes<ClusterSize<H, W, S>>},
     FERA_CLUSTER_SIZES(FERA_KERNELS)
@@ -77,7 +81,8 @@ Limits limits_of(const Kernels& k) {
     bool ok = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
               cudaDeviceGetAttribute(&launches, cudaDevAttrClusterLaunch, device) == cudaSuccess &&
               cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device) == cudaSuccess;
-    const void* kernels[] = {reinterpret_cast<const void*>(k.energies), reinterpret_cast<const void*>(k.gradient)};
+    const void* kernels[] = {reinterpret_cast<const void*>(k.energies), reinterpret_cast<const void*>(k.keeping),
+                             reinterpret_cast<const void*>(k.gradient)};
     // An image made for an older architecture has no clusters in it, whatever the device has.
     for (const void* kernel : kernels) {
       cudaFuncAttributes attributes{};
@@ -124,24 +129,42 @@ bool choose(const Source& s, const fera_filters& f, ClusterTask task, Choice* ch
     ClusterPlan p{};
     p.pairs = s.pairs();
     const bool fecl = task == ClusterTask::fecl;
-    // FECL's sums come from one cluster. Else clusters share a sample, two planes each, while the machine has room;
-    // where they meet at the grid's barrier all of them must run side by side.
-    const int64_t room = task == ClusterTask::energies ? limits.clusters / s.n : 2 * kMultiprocessors / (s.n * k.size);
-    p.clusters = fecl ? 1 : static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(ceil_div(p.pairs, 2), room)));
-    p.pairs_of = ceil_div(p.pairs, p.clusters);
-    p.clusters = ceil_div(p.pairs, p.pairs_of);
-    // Small blocks where several fit on a multiprocessor and there are as many.
-    const bool crowded = p.pairs_of <= 2 && s.n * p.clusters * k.size > kMultiprocessors;
-    choice->threads = std::max(crowded ? 128 : 256, ceil_div(k.least_threads, 32) * 32);
-    for (p.pairs_at_once = fecl ? p.pairs : std::min(p.pairs_of, 4); p.pairs_at_once > 0;
-         p.pairs_at_once = fecl ? 0 : p.pairs_at_once / 2) {
-      choice->shared_bytes = k.shared_bytes(p, s.signals, f.bands, choice->threads);
-      if (choice->shared_bytes > limits.shared) continue;
-      choice->kernels = &k;
-      choice->plan = p;
-      return true;
+    const int64_t blocks = s.n * p.pairs * k.size;  // one pair a cluster
+    // FECL's sums come from one cluster. Gradients meet nowhere: a pair a cluster, two where that is more than the
+    // machine holds. Energies meet at the grid's barrier, so all clusters of a sample run side by side: two pairs each
+    // while there is room, and twice the room where a block takes less than half of the shared memory.
+    const auto share = [&](int64_t clusters) {
+      p.clusters = static_cast<int>(std::max<int64_t>(1, clusters));
+      p.pairs_of = ceil_div(p.pairs, p.clusters);
+      p.clusters = ceil_div(p.pairs, p.pairs_of);
+    };
+    const int64_t room = limits.clusters / s.n;
+    if (task == ClusterTask::adjoint)
+      share(blocks <= 2 * kMultiprocessors ? p.pairs : ceil_div(p.pairs, 2));
+    else
+      share(fecl ? 1 : std::min<int64_t>(ceil_div(p.pairs, 2), 2 * room));
+    const auto fit = [&] {
+      // Small blocks where several fit on a multiprocessor and there are as many.
+      const bool crowded = p.pairs_of <= 2 && s.n * p.clusters * k.size > kMultiprocessors;
+      choice->threads = std::max(crowded ? 128 : 256, ceil_div(k.least_threads, 32) * 32);
+      // Two signals of many planes: one pair at a time leaves room for another block.
+      const int most = s.signals == 2 && blocks > 2 * kMultiprocessors ? 1 : 4;
+      for (p.pairs_at_once = fecl ? p.pairs : std::min(p.pairs_of, most); p.pairs_at_once > 0;
+           p.pairs_at_once = fecl ? 0 : p.pairs_at_once / 2) {
+        choice->shared_bytes = k.shared_bytes(p, s.signals, f.bands, choice->threads);
+        if (choice->shared_bytes <= limits.shared) return true;
+      }
+      return false;
+    };
+    bool found = fit();
+    if (task == ClusterTask::energies && p.clusters > 1 && p.clusters > room &&
+        (!found || 2 * (choice->shared_bytes + kStaticShared) > limits.shared)) {
+      share(std::min<int64_t>(ceil_div(p.pairs, 2), room));
+      found = fit();
     }
-    return false;
+    choice->kernels = &k;
+    choice->plan = p;
+    return found;
   }
   return false;
 }
@@ -189,7 +212,15 @@ bool cluster_takes(const Source& source, const fera_filters& filters, ClusterTas
 
 size_t cluster_workspace(const Source& source, const fera_filters& filters) {
   if (source.n <= 0) return 0;
-  return partial_bytes(source, filters, (source.pairs() + 1) / 2 + 1);
+  return partial_bytes(source, filters, source.pairs());
+}
+
+size_t cluster_fecl_workspace(const Source& source, const fera_filters& filters) {
+  Choice choice;
+  if (choose(source, filters, ClusterTask::fecl, &choice) || !choose(source, filters, ClusterTask::energies, &choice))
+    return 0;
+  return cluster_workspace(source, filters) +
+         align256(sizeof(float2) * choice.kernels->kept * source.n * source.signals * source.pairs());
 }
 
 fera_status cluster_energies_launch(const char* op, const Source& source, const fera_filters& filters,
@@ -198,16 +229,16 @@ fera_status cluster_energies_launch(const char* op, const Source& source, const 
   if (!choose(source, filters, ClusterTask::energies, &choice)) return FERA_UNSUPPORTED;
   double* const partial = static_cast<double*>(context->workspace);
   FERA_RETURN_IF_ERROR(launch(op, choice.kernels->energies, choice, source.n, choice.plan.clusters > 1, context, source,
-                              choice.plan, masks_of(filters), static_cast<int>(filters.bands), finish, partial));
+                              choice.plan, masks_of(filters), static_cast<int>(filters.bands), finish, partial,
+                              static_cast<float2*>(nullptr)));
   return loss == nullptr ? FERA_OK : launch_mean(op, source.n, finish.losses, loss, context);
 }
 
 fera_status cluster_adjoint_launch(const char* op, const Source& source, const fera_filters& filters,
-                                   const Coefficients& from, const Output& dz, const double* means, float* loss,
-                                   const fera_context* context) {
+                                   const Coefficients& from, const Output& dz, const fera_context* context) {
   Choice choice;
   if (!choose(source, filters, ClusterTask::adjoint, &choice)) return FERA_UNSUPPORTED;
-  const ClusterGradient to{dz, from, 0, 0, nullptr, nullptr, means, loss};
+  const ClusterGradient to{dz, from, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
   return launch(op, choice.kernels->gradient, choice, source.n, false, context, source, choice.plan, masks_of(filters),
                 static_cast<int>(filters.bands), to);
 }
@@ -216,11 +247,25 @@ fera_status cluster_fecl_launch(const char* op, const Source& source, const fera
                                 const Finish<float>& finish, float* loss, const View& gradient, double* factor,
                                 const fera_context* context) {
   Choice choice;
-  if (!choose(source, filters, ClusterTask::fecl, &choice)) return FERA_UNSUPPORTED;
-  const ClusterGradient to{{gradient, true}, {}, finish.eps, finish.weight, factor, finish.losses, nullptr, nullptr};
-  FERA_RETURN_IF_ERROR(launch(op, choice.kernels->gradient, choice, source.n, false, context, source, choice.plan,
-                              masks_of(filters), static_cast<int>(filters.bands), to));
-  return launch_mean(op, source.n, finish.losses, loss, context);
+  const int bands = filters.bands;
+  if (choose(source, filters, ClusterTask::fecl, &choice)) {
+    const ClusterGradient to{{gradient, true}, {},      finish.eps, finish.weight, factor,
+                             finish.losses,    nullptr, nullptr,    nullptr};
+    FERA_RETURN_IF_ERROR(launch(op, choice.kernels->gradient, choice, source.n, false, context, source, choice.plan,
+                                masks_of(filters), bands, to));
+    return launch_mean(op, source.n, finish.losses, loss, context);
+  }
+  if (!choose(source, filters, ClusterTask::energies, &choice)) return FERA_UNSUPPORTED;
+  double* const partial = static_cast<double*>(context->workspace);
+  float2* const kept =
+      reinterpret_cast<float2*>(static_cast<char*>(context->workspace) + cluster_workspace(source, filters));
+  FERA_RETURN_IF_ERROR(launch(op, choice.kernels->keeping, choice, source.n, choice.plan.clusters > 1, context, source,
+                              choice.plan, masks_of(filters), bands, finish, partial, kept));
+  if (!choose(source, filters, ClusterTask::adjoint, &choice)) return FERA_UNSUPPORTED;
+  const Coefficients from{finish.coefficients, nullptr, nullptr, nullptr, 0, factor};
+  const ClusterGradient to{{gradient, true}, from, 0, 0, nullptr, nullptr, kept, finish.losses, loss};
+  return launch(op, choice.kernels->gradient, choice, source.n, false, context, source, choice.plan, masks_of(filters),
+                bands, to);
 }
 
 }  // namespace fera::cuda

@@ -17,44 +17,11 @@
 #include <cooperative_groups.h>
 
 #include "band_energy/cluster_size.cuh"
+#include "band_energy/distributed.cuh"
 #include "band_energy/energies.cuh"
 #include "band_energy/finish_warp.cuh"
 
 namespace fera::cuda {
-
-// ---- distributed shared memory ----
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-__device__ __forceinline__ uint32_t remote_address(uint32_t local, int rank) {
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-  return remote;
-}
-__device__ __forceinline__ void store_remote(uint32_t address, float4 v) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z),
-               "f"(v.w)
-               : "memory");
-}
-__device__ __forceinline__ void store_remote(uint32_t address, double v) {
-  asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(address), "d"(v) : "memory");
-}
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_arrive_relaxed() {  // for blocks that have nothing to show yet
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ int cluster_rank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-}
-__device__ __forceinline__ void copy_async(float* to, const float* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 constexpr int kClusterThreads = 256;                   // at most
 constexpr int kQuadruples = (FERA_MAX_BANDS + 4) / 4;  // of weights, with the whole norm's
@@ -381,20 +348,39 @@ __device__ __forceinline__ void cluster_forward(const ClusterScene<F>& c, int fi
   __syncthreads();
 }
 
-// The mean of the samples' losses. One block of one warp, or one warp of a larger one.
-__device__ inline void mean_of_losses(int64_t samples, const double* losses, float* loss) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < samples; i += 32) sum += losses[i];
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-  if (threadIdx.x == 0) *loss = static_cast<float>(sum / static_cast<double>(samples));
+// Where this block's part of the spectrum of a pair of a signal lies among those kept:
+// (N, signals, pairs, S, column_plane), each as it lies in shared memory.
+template <class F>
+__device__ __forceinline__ int64_t cluster_kept_at(const ClusterScene<F>& c, int signal, int pair) {
+  return (((c.n * c.source.signals + signal) * c.plan.pairs + pair) * F::S + c.rank) * int64_t{F::column_plane};
+}
+
+// The spectra in columns[] to kept, or (Back) from there, on their way until await_copies(). The block is synchronised.
+template <class F, bool Back>
+__device__ __forceinline__ void cluster_keep(const ClusterScene<F>& c, int first, int pairs, float2* kept) {
+  constexpr unsigned pieces = F::column_plane * sizeof(float2) / sizeof(float4);
+#pragma unroll 1
+  for (int plane = 0; plane < c.source.signals * pairs; ++plane) {
+    const int s = plane >= pairs;
+    float4* const outside = reinterpret_cast<float4*>(kept + cluster_kept_at(c, s, first + plane - s * pairs));
+    float4* const inside = reinterpret_cast<float4*>(c.shared.columns + plane * F::column_plane);
+#pragma unroll 4
+    for (unsigned t = threadIdx.x; t < pieces; t += blockDim.x) {
+      if constexpr (Back)
+        copy_async(inside + t, outside + t);
+      else
+        outside[t] = inside[t];
+    }
+  }
 }
 
 // grid N * clusters * S, clusters of S blocks. With several clusters a sample the launch is cooperative and partial
-// (N, clusters, signals, K+1) takes each one's sums; the first adds them up.
-template <class F>
+// (N, clusters, signals, K+1) takes each one's sums; the first adds them up. Keep leaves the spectra in kept.
+template <class F, bool Keep>
 __global__ void __launch_bounds__(kClusterThreads, 2)
     cluster_energies(const __grid_constant__ Source source, const __grid_constant__ ClusterPlan plan,
-                     const float* masks, int bands, const __grid_constant__ Finish<float> finish, double* partial) {
+                     const float* masks, int bands, const __grid_constant__ Finish<float> finish, double* partial,
+                     float2* kept) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) unsigned char raw[];
   __shared__ double sums[2 * (FERA_MAX_BANDS + 4)];
@@ -427,7 +413,11 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
     }
     const int here = min(plan.pairs_at_once, end - first);
     cluster_forward<F>(c, first, here);
-    cluster_columns_last<F, false>(c, here, carried);
+    cluster_columns_last<F, Keep>(c, here, carried);
+    if constexpr (Keep) {
+      __syncthreads();
+      cluster_keep<F, false>(c, first, here, kept);
+    }
   }
   cluster_send<F>(c, carried, 1);
   cluster_arrive();

@@ -13,15 +13,15 @@ enum class ClusterTask { energies, adjoint, fecl };
 bool cluster_takes(const Source& source, const fera_filters& filters, ClusterTask task);
 
 size_t cluster_workspace(const Source& source, const fera_filters& filters);
+size_t cluster_fecl_workspace(const Source& source, const fera_filters& filters);
 
 // loss: the mean of finish.losses, by a launch of its own; or NULL.
 fera_status cluster_energies_launch(const char* op, const Source& source, const fera_filters& filters,
                                     const Finish<float>& finish, float* loss, const fera_context* context);
 
-// With means (N): their mean goes to loss.
+// Of one signal.
 fera_status cluster_adjoint_launch(const char* op, const Source& source, const fera_filters& filters,
-                                   const Coefficients& from, const Output& dz, const double* means, float* loss,
-                                   const fera_context* context);
+                                   const Coefficients& from, const Output& dz, const fera_context* context);
 
 // FECL's loss, and its gradient divided by factor[n]: two launches.
 fera_status cluster_fecl_launch(const char* op, const Source& source, const fera_filters& filters,

@@ -17,7 +17,8 @@ struct ClusterGradient {
   double eps, weight;
   double* factor;  // (N)
   double* losses;  // (N)
-  // Without: the mean of these (N), which energies left, goes to loss; or NULL.
+  // Without, of two signals: what cluster_energies kept of them, and the mean of these (N) goes to loss.
+  float2* kept;
   const double* means;
   float* loss;
 };
@@ -171,8 +172,9 @@ __device__ __forceinline__ void cluster_rows_back(const ClusterScene<F>& c, cons
   }
 }
 
-// grid N * clusters * S, clusters of S blocks. The filters' adjoint of one signal or two; or FECL's loss and gradient,
-// one cluster a sample and every pair at once, because the filter needs the sums over all planes.
+// grid N * clusters * S, clusters of S blocks. The filters' adjoint of one signal, or of two from the spectra that
+// cluster_energies kept; or FECL's loss and gradient, one cluster a sample and every pair at once, because the filter
+// needs the sums over all planes.
 template <class F>
 __global__ void __launch_bounds__(kClusterThreads, 2)
     cluster_gradient(const __grid_constant__ Source source, const __grid_constant__ ClusterPlan plan,
@@ -214,33 +216,41 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
     // Between chunks: every block has sent its parcels of the columns, so that these may be written to.
     if (first > c.cluster * plan.pairs_of) cluster_arrive();
     const int here = min(plan.pairs_at_once, end - first);
-    cluster_forward<F>(c, first, here);
+    if (to.kept == nullptr) {
+      cluster_forward<F>(c, first, here);
+    } else {
+      cluster_keep<F, true>(c, first, here, to.kept);
+      await_copies();  // the weights too, the first time
+      __syncthreads();
+    }
     if (source.signals == 1) {
       cluster_filter<F, 1, false>(c, here, coefficients);
-    } else if (!fecl) {
-      cluster_filter<F, 2, false>(c, here, coefficients);
     } else {
-      double carried[2][kQuadruples] = {};
-      cluster_columns_last<F, true>(c, here, carried);
-      cluster_send<F>(c, carried, F::S);
-      cluster_arrive();
-      cluster_wait();
-      if (threadIdx.x < 32) {
-        cluster_add<F>(c, sums);
-        const double loss = fecl_sample_warp(sums, sums + bands + 1, bands, to.eps, to.weight, raw_coefficients);
-        scale_coefficients(raw_coefficients, 2, bands, coefficients, &exponent);
-        if (c.rank == 0 && threadIdx.x == 0) {
-          to.losses[n] = loss;
-          to.factor[n] = ldexp(1.0, exponent);
+      if (fecl) {
+        double carried[2][kQuadruples] = {};
+        cluster_columns_last<F, true>(c, here, carried);
+        cluster_send<F>(c, carried, F::S);
+        cluster_arrive();
+        cluster_wait();
+        if (threadIdx.x < 32) {
+          cluster_add<F>(c, sums);
+          const double loss = fecl_sample_warp(sums, sums + bands + 1, bands, to.eps, to.weight, raw_coefficients);
+          scale_coefficients(raw_coefficients, 2, bands, coefficients, &exponent);
+          if (c.rank == 0 && threadIdx.x == 0) {
+            to.losses[n] = loss;
+            to.factor[n] = ldexp(1.0, exponent);
+          }
         }
+        __syncthreads();
       }
-      __syncthreads();
       cluster_filter<F, 2, true>(c, here, coefficients);
     }
     __syncthreads();
     cluster_columns_back<F>(c, here);
     __syncthreads();
-    // The rows of every block are free: it sent them before it received its columns.
+    // The rows of every block are free: it sent them before it received its columns; or, where these were kept, it has
+    // started, or read the last chunk's.
+    if (to.kept != nullptr) cluster_wait();
     cluster_send_parcels<F, F::back_parcel>(c, c.shared.columns, F::column_plane, c.shared.rows, F::row_plane, here);
     cluster_arrive();
     cluster_wait();

@@ -16,8 +16,10 @@ struct Filters {
   int h, w;
   Array device_table, device_right, device_mix;
 
-  // blurs == 0: K symmetric masks. Else J banded matrices an axis.
-  Filters(fera_device device, fera_dtype compute, int bands, int blurs, int height, int width) : h(height), w(width) {
+  // blurs == 0: K symmetric masks. Else J banded matrices an axis; a spread above 1 widens their reach, and keeps rows'
+  // norms near 1: FECL subtracts norms of bands, and its error grows with them.
+  Filters(fera_device device, fera_dtype compute, int bands, int blurs, int height, int width, int spread = 1)
+      : h(height), w(width) {
     view.bands = bands;
     view.blurs = blurs;
     if (blurs == 0) {
@@ -35,11 +37,14 @@ struct Filters {
       right = normal(int64_t{blurs} * w * w);
       mix = normal(int64_t{bands} * blurs);
       for (int j = 0; j < blurs; ++j) {
-        view.reach[j] = std::min(2 * j + 1, std::max(h, w) - 1);
+        view.reach[j] = std::min(spread * (2 * j + 1), std::max(h, w) - 1);
         for (const auto& [matrices, size] : {std::pair<Values*, int>{&table, h}, {&right, w}})
           for (int a = 0; a < size; ++a)
             for (int b = 0; b < size; ++b)
-              if (std::abs(a - b) > view.reach[j]) (*matrices)[(int64_t{j} * size + a) * size + b] = 0;
+              if (double& m = (*matrices)[(int64_t{j} * size + a) * size + b]; std::abs(a - b) > view.reach[j])
+                m = 0;
+              else if (spread > 1)
+                m /= std::sqrt(2.0 * view.reach[j] + 1);
       }
       device_table = Array(device, compute, table);
       device_right = Array(device, compute, right);

@@ -14,10 +14,12 @@ struct Case {
   Layout layout;
   double scale;
   bool same_base = false;  // d = 0
+  int spread = 1;          // of the blurs' reach
   std::string what() const {
     char text[160];
-    std::snprintf(text, sizeof text, "%s %s (%d, %d, %d, %d) K=%d J=%d scale %g", name_of(device), name_of(dtype),
-                  static_cast<int>(n), static_cast<int>(p), size.h, size.w, bands, blurs, scale);
+    std::snprintf(text, sizeof text, "%s %s (%d, %d, %d, %d) K=%d J=%d spread %d scale %g", name_of(device),
+                  name_of(dtype), static_cast<int>(n), static_cast<int>(p), size.h, size.w, bands, blurs, spread,
+                  scale);
     return text;
   }
 };
@@ -87,7 +89,7 @@ double reference(const double* d2, const double* r2, double d2_whole, double r2_
 void check(const Case& c) {
   const bool exact = c.dtype == FERA_F64;
   const int64_t pixels = int64_t{c.size.h} * c.size.w, sample = c.p * pixels, count = c.n * sample;
-  const Filters filters(c.device, compute_of(c.dtype), c.bands, c.blurs, c.size.h, c.size.w);
+  const Filters filters(c.device, compute_of(c.dtype), c.bands, c.blurs, c.size.h, c.size.w, c.spread);
   // A correction that varies slowly and a noisy residual: the two spectra differ, so the loss is not a cancellation.
   Inputs in{normal(count, c.scale), {}, normal(count, c.scale)};
   in.fera = in.base;
@@ -167,6 +169,20 @@ void usual_sizes(fera_device device) {
   done("fecl_loss usual sizes", device);
 }
 
+// Separable filters of the usual sizes and of odd ones, with wide and narrow reaches.
+void usual_blurs(fera_device device) {
+  check({device, FERA_F32, 3, 4, {64, 64}, 3, 3, Layout::contiguous, 1, false, 2});
+  check({device, FERA_BF16, 2, 5, {33, 58}, 5, 4, Layout::channels_last, 1, false, 3});
+  check({device, FERA_F32, 2, 4, {40, 64}, 3, 3, Layout::contiguous, 1, true, 2});
+  check({device, FERA_F32, 1, 20, {16, 12}, 3, 3, Layout::sliced, 1, false, 9});
+  if (!brief()) {
+    check({device, FERA_F32, 1, 4, {128, 128}, 3, 3, Layout::contiguous, 1, false, 3});
+    check({device, FERA_F16, 2, 2, {104, 152}, 3, 3, Layout::contiguous, 1, false, 2});
+    check({device, FERA_F32, 2, 2, {72, 128}, 3, 3, Layout::contiguous, 1e18, false, 3});
+  }
+  done("fecl_loss usual blurs", device);
+}
+
 void ranges(fera_device device) {
   for (const int blurs : {0, 2}) {
     for (const double scale : {1e18, 1e-6, 1e10})
@@ -232,6 +248,7 @@ int main() {
   for (const fera_device device : devices()) {
     sizes(device);
     usual_sizes(device);
+    usual_blurs(device);
     ranges(device);
     nan_and_bits(device);
     errors(device);
