@@ -75,6 +75,7 @@ def load_adapter(
     dtype: torch.dtype | None = None,
     check_base_class: bool = True,
     latent: Extract | None = None,
+    group_projections: bool = True,
     **overrides: Any,
 ) -> FeraAdapter:
     """Attach a saved adapter. Strict: every key is used, every key is found; never unpickles code.
@@ -86,6 +87,7 @@ def load_adapter(
         dtype: of the experts' parameters; the file's if not given.
         check_base_class: whether the model must be of the class the adapter was trained on.
         latent: as in :func:`fera_ext.attach`.
+        group_projections: likewise.
         **overrides: fields of :class:`FeraConfig` to use instead of the file's. A published checkpoint
             does not store its alpha, so ``lora_alpha`` is required there; its bands are
             ``Bands.author(K)`` unless given.
@@ -110,7 +112,7 @@ def load_adapter(
         raise
     except ValueError as error:
         raise AdapterFileError(f"load_adapter: {file.name} must fit the model, got: {error}") from error
-    adapter = attach_layers(model, contents.config, matched, dtype or experts, latent)
+    adapter = attach_layers(model, contents.config, matched, dtype or experts, latent, group_projections)
     try:
         _copy(adapter, contents.tensors)
     except BaseException:

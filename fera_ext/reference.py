@@ -7,6 +7,8 @@ for 16-bit latents, as the operators do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,6 +95,20 @@ def expert_linear(
 ) -> Tensor:
     """Twin of :func:`fera_ext.ops.expert_linear`."""
     return expert_update(F.linear(x, weight, bias), x, lora_a, lora_b, gate, scale)
+
+
+def expert_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    gate: Tensor,
+    scale: float,
+) -> list[Tensor]:
+    """Twin of :func:`fera_ext.ops.expert_linear_group`: the members one by one."""
+    members = zip(weights, biases, lora_as, lora_bs)
+    return [expert_linear(x, weight, bias, a, b, gate, scale) for weight, bias, a, b in members]
 
 
 def fecl_loss(base: Tensor, fera: Tensor, target: Tensor, bands: Bands, eps: float = 1e-8) -> Tensor:

@@ -56,7 +56,8 @@ class Sample:
         return out.detach(), list(grads)
 
 
-MASTERS = ("lora_a", "lora_b", "w1", "b1", "w2", "b2")
+GROUP = 3
+MASTERS = ("lora_a", "lora_b", "w1", "b1", "w2", "b2", *(f"lora_{k}{i}" for k in "ab" for i in range(GROUP)))
 
 
 def _randn(seed: int, *shape: int) -> Tensor:
@@ -103,6 +104,7 @@ def linear_sample(
 
 
 LINEAR_LEAVES = ("x", "lora_a", "lora_b", "gate")
+GROUP_LEAVES = ("x", "gate", *(f"lora_{k}{i}" for k in "ab" for i in range(GROUP)))
 ROUTER_LEAVES = ("w1", "b1", "w2", "b2")
 
 
@@ -110,6 +112,27 @@ def _update(arguments: dict[str, Any], out: int) -> dict[str, Any]:
     shape = (*arguments["x"].shape[:-1], out)
     kept = {k: v for k, v in arguments.items() if k not in ("weight", "bias")}
     return {"base_out": _randn(16, *shape), **kept}
+
+
+def group_sample(
+    x_shape: tuple[int, ...], outs: tuple[int, ...], experts: int, ranks: tuple[int, ...], groups: int
+) -> dict[str, Any]:
+    """Arguments of expert_linear_group, float64, the members' each by a name of its own; the second has no bias."""
+    found: dict[str, Any] = {}
+    for i, (out, rank) in enumerate(zip(outs, ranks)):
+        member = linear_sample(x_shape, out, experts, rank, groups, bias=i != 1)
+        for name in ("weight", "bias", "lora_a", "lora_b"):
+            value = member.pop(name)
+            found[f"{name}{i}"] = value if value is None else value * (-0.9) ** i
+        found.update(member)
+    return found
+
+
+def call_group(module: Any, op: str, arguments: dict[str, Any]) -> Tensor:
+    """All outputs side by side, (N, ..., sum of out)."""
+    members = sum(name.startswith("weight") for name in arguments)
+    lists = ([arguments[f"{name}{i}"] for i in range(members)] for name in ("weight", "bias", "lora_a", "lora_b"))
+    return torch.cat(getattr(module, op)(arguments["x"], *lists, arguments["gate"], arguments["scale"]), -1)
 
 
 def samples(small: bool = False) -> list[Sample]:
@@ -137,4 +160,10 @@ def samples(small: bool = False) -> list[Sample]:
         arguments = linear_sample(shape, out, experts, rank, groups, bias=note != "r1")
         found.append(Sample("expert_linear", arguments, LINEAR_LEAVES, note))
         found.append(Sample("expert_update", _update(arguments, out), ("base_out", *LINEAR_LEAVES), note))
+    for note, shape, experts, ranks, groups in (
+        ("r12", (2, tokens, wide), 3, (4, 4, 4), 2),
+        ("ranks-video", (6, tokens, wide), 5, (3, 4, 3), 3),
+    ):
+        arguments = group_sample(shape, (out, out + 3, out), experts, ranks, groups)
+        found.append(Sample("expert_linear_group", arguments, GROUP_LEAVES, note, call_group))
     return found

@@ -32,6 +32,19 @@ def _linear(**changes) -> torch.Tensor:
     return ops.expert_linear(**{**arguments, **changes})
 
 
+def _group(members: int = 2, **changes) -> list[torch.Tensor]:
+    arguments = {
+        "x": torch.randn(2, 5, 8),
+        "weights": [torch.randn(6, 8)] * members,
+        "biases": [torch.randn(6), *[None] * (members - 1)],
+        "lora_as": [torch.randn(3, 4, 8)] * members,
+        "lora_bs": [torch.randn(6, 3, 4)] * members,
+        "gate": torch.rand(2, 3),
+        "scale": 1.0,
+    }
+    return ops.expert_linear_group(**{**arguments, **changes})
+
+
 def _fecl(**changes) -> torch.Tensor:
     z = torch.randn(2, 4, 8, 8)
     return ops.fecl_loss(**{"base": z, "fera": z, "target": z, "bands": DOG, **changes})
@@ -115,6 +128,35 @@ CASES: list[tuple[str, Callable[[], object]]] = [
             1.0,
         ),
     ),
+    ("expert_linear_group: weights must be from 1 to 4, got 5", lambda: _group(5)),
+    ("expert_linear_group: weights must be from 1 to 4, got 0", lambda: _group(0, biases=[])),
+    ("expert_linear_group: biases must be 2, one a weight, got 1", lambda: _group(biases=[None])),
+    ("expert_linear_group: lora_a must be 2, one a weight, got 1", lambda: _group(lora_as=[torch.randn(3, 4, 8)])),
+    (
+        "expert_linear_group: lora_b must be 2, one a weight, got 3",
+        lambda: _group(lora_bs=[torch.randn(6, 3, 4, requires_grad=True)] * 3),
+    ),
+    ("expert_linear_group: x must be (N, ..., in), got [8]", lambda: _group(x=torch.randn(8))),
+    (
+        "expert_linear_group: weight[1] must be (out, 8), got [6, 9]",
+        lambda: _group(weights=[torch.randn(6, 8), torch.randn(6, 9)]),
+    ),
+    (
+        "expert_linear_group: weight[1] must be of x's dtype Float, got Half",
+        lambda: _group(weights=[torch.randn(6, 8), torch.randn(6, 8).half()]),
+    ),
+    ("expert_linear_group: bias[1] must be (6), got [5]", lambda: _group(biases=[None, torch.randn(5)])),
+    (
+        "expert_linear_group: gate must be (G, 2), got [2, 3]",
+        lambda: _group(
+            lora_as=[torch.randn(3, 4, 8), torch.randn(2, 4, 8)], lora_bs=[torch.randn(6, 3, 4), torch.randn(6, 2, 4)]
+        ),
+    ),
+    (
+        "expert_linear_group: lora_b[1] must be (6, 3, 4), got [6, 4, 3]",
+        lambda: _group(lora_bs=[torch.randn(6, 3, 4), torch.randn(6, 4, 3)]),
+    ),
+    ("expert_linear_group: gate rows must be a divisor of x's 2, got 3", lambda: _group(gate=torch.rand(3, 3))),
     (
         "fecl_loss: base must be of fera's shape (2, 4, 8, 8), got (2, 4, 8, 4)",
         lambda: _fecl(base=torch.randn(2, 4, 8, 4)),

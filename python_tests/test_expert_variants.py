@@ -88,6 +88,6 @@ def test_graph_capture(variant: str, sample: Sample) -> None:
 def test_an_unknown_variant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "nonsense")
     given = LINEAR_SAMPLES[0].cast(torch.float32, torch.device("cpu"))
-    sentence = f"expert_linear: {VARIABLE} must be auto, tiles or library, got nonsense"
+    sentence = f"expert_linear: {VARIABLE} must be auto, tiles, mma, wgmma or library, got nonsense"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         given.run(ops)

@@ -58,7 +58,7 @@ def test_the_cpus_variant(dtype: torch.dtype, bands: Bands) -> None:
 
 @pytest.mark.skipif(_extension.C.core_cuda, reason="this core was built with CUDA")
 def test_no_variant_without_cuda() -> None:
-    assert _extension.C.band_variant(1, 4, 64, 64, 0, 3, 0, True) == ""
+    assert _extension.C.band_variant(1, 4, 64, 64, 0, 3, [], True) == ""
 
 
 @pytest.mark.gpu
@@ -86,7 +86,7 @@ def test_explain_in_json() -> None:
     assert {row["dtype"] for row in rows} == {"float32", "float64"}
     assert all(row["why"] for row in rows)
     assert variants.VARIABLE in explained["force"]
-    assert set(explained["operators"]) == {"router_softmax", "expert_linear", "expert_update"}
+    assert set(explained["operators"]) == {"router_softmax", "expert_linear", "expert_linear_group", "expert_update"}
     assert ("no GPU in use" in explained["note"]) == (len(rows) == len(cpu))
 
 

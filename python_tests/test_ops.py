@@ -11,6 +11,7 @@ import torch
 from helpers_ops import LINEARS, Captured, assert_matches_float64
 from samples import LINEAR_LEAVES, MASTERS, Sample, samples
 from torch.library import opcheck
+from torch.utils._pytree import tree_map
 
 from fera_ext import ops, reference
 from fera_ext.bands import Bands
@@ -64,7 +65,7 @@ class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fera_ext":
-            detached = torch.utils._pytree.tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, args)
+            detached = tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, args)
             self.calls.append((func, detached))
         return func(*args, **(kwargs or {}))
 
@@ -80,8 +81,11 @@ def test_opcheck(sample: Sample, dtype: torch.dtype, device: torch.device) -> No
     for func, args in recorder.calls:
         backward = func.__name__.split(".")[0].endswith("_backward")
         if not backward:
-            positions = [i for i, a in enumerate(func._schema.arguments) if a.name in given.leaves]
-            args = tuple(a.clone().requires_grad_() if i in positions else a for i, a in enumerate(args))
+            leaves = {n.rstrip("0123456789") if sample.op == "expert_linear_group" else n for n in given.leaves}
+            positions = [i for i, a in enumerate(func._schema.arguments) if a.name in leaves]
+            args = tuple(
+                tree_map(lambda t: t.clone().requires_grad_(), a) if i in positions else a for i, a in enumerate(args)
+            )
         utils = (
             ("test_schema", "test_faketensor")
             if backward
@@ -102,7 +106,7 @@ def test_compile_fullgraph(sample: Sample, device: torch.device) -> None:
     fixed = {k: v for k, v in given.arguments.items() if k not in names}
 
     def call(*values: torch.Tensor) -> torch.Tensor:
-        return getattr(ops, sample.op)(**fixed, **dict(zip(names, values))) * 2
+        return sample.call(ops, sample.op, {**fixed, **dict(zip(names, values))}) * 2
 
     leaves = [given.arguments[n] for n in names]
     compiled = torch.compile(call, fullgraph=True, backend=backend)
@@ -261,7 +265,7 @@ def test_under_checkpoint(sample: Sample, reentrant: bool, device: torch.device)
     leaves = [given.arguments[n] for n in given.leaves]
 
     def call(*values: torch.Tensor) -> torch.Tensor:
-        return getattr(ops, sample.op)(**{**given.arguments, **dict(zip(given.leaves, values))})
+        return sample.call(ops, sample.op, {**given.arguments, **dict(zip(given.leaves, values))})
 
     out = torch.utils.checkpoint.checkpoint(call, *leaves, use_reentrant=reentrant)
     out.backward(given.upstream(out))

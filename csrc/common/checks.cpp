@@ -170,8 +170,13 @@ fera_status check(const fera_expert_update_args& a) {
   FERA_RETURN_IF_ERROR(check_experts(op, a.experts));
   FERA_CHECK(op, is_dtype(a.x.dtype), "x.dtype", "float32, float16, bfloat16 or float64", static_cast<int>(a.x.dtype));
   // Rows of x and base may repeat (stride 0, an expanded tensor): they are only read.
-  FERA_CHECK(op, (a.x.data && a.base.data && a.h) || a.experts.tokens == 0, "x, base and h", "pointers", "NULL");
-  FERA_CHECK(op, a.base.dtype == a.x.dtype, "base.dtype", "the dtype of x", static_cast<int>(a.base.dtype));
+  if (a.weight.data != nullptr) {
+    FERA_CHECK(op, (a.x.data && a.h) || a.experts.tokens == 0, "x and h", "pointers", "NULL");
+    FERA_RETURN_IF_ERROR(check_rows(op, "weight", a.weight, a.x.dtype, a.experts.out, a.experts.in));
+  } else {
+    FERA_CHECK(op, (a.x.data && a.base.data && a.h) || a.experts.tokens == 0, "x, base and h", "pointers", "NULL");
+    FERA_CHECK(op, a.base.dtype == a.x.dtype, "base.dtype", "the dtype of x", static_cast<int>(a.base.dtype));
+  }
   return check_rows(op, "y", a.y, a.x.dtype, a.experts.tokens, a.experts.out);
 }
 
@@ -181,6 +186,10 @@ fera_status check(const fera_expert_update_backward_args& a) {
   FERA_CHECK(op, is_dtype(a.x.dtype), "x.dtype", "float32, float16, bfloat16 or float64", static_cast<int>(a.x.dtype));
   FERA_CHECK(op, (a.x.data && a.dy.data && a.h) || a.experts.tokens == 0, "x, dy and h", "pointers", "NULL");
   FERA_CHECK(op, a.dy.dtype == a.x.dtype, "dy.dtype", "the dtype of x", static_cast<int>(a.dy.dtype));
+  if (a.weight.data != nullptr) {
+    FERA_RETURN_IF_ERROR(check_rows(op, "weight", a.weight, a.x.dtype, a.experts.out, a.experts.in));
+    FERA_CHECK(op, !a.add_to_dx, "add_to_dx", "0 with a weight", a.add_to_dx);
+  }
   if (a.dx.data) return check_rows(op, "dx", a.dx, a.x.dtype, a.experts.tokens, a.experts.in);
   return FERA_OK;
 }

@@ -10,4 +10,13 @@ size_t expert_update_workspace_cuda(const fera_expert_update_args& a);
 size_t expert_update_backward_workspace_cpu(const fera_expert_update_backward_args& a);
 size_t expert_update_backward_workspace_cuda(const fera_expert_update_backward_args& a);
 
+size_t expert_group_workspace_cuda(const fera_expert_group_args& g);
+size_t expert_group_backward_workspace_cuda(const fera_expert_group_backward_args& g);
+
+const char* expert_variant_cuda(const fera_expert_update_args& a);
+const char* expert_variant_cuda(const fera_expert_update_backward_args& a);
+
+bool expert_group_takes_cuda(const fera_expert_group_args& g);
+bool expert_group_takes_cuda(const fera_expert_group_backward_args& g);
+
 }  // namespace fera

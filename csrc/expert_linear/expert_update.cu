@@ -2,8 +2,13 @@
 //   forward   h = x A^T;  y = base + (gate scale h) B^T
 //   backward  dh = dy B;  dgate = scale sum h dh;  dx (+)= (gate scale dh) A;
 //             dA = (gate scale dh)^T x;  dB = dy^T (gate scale h), both in slices of tokens, then summed
+#include <cstdlib>
+#include <cstring>
+
 #include "expert_linear/expert_linear.h"
+#include "expert_linear/fused.h"
 #include "expert_linear/product.cuh"
+#include "expert_linear/skinny.h"
 
 namespace fera {
 namespace cuda {
@@ -110,11 +115,118 @@ void backward(const fera_expert_update_backward_args& a, const BackwardLayout<Co
 }  // namespace
 }  // namespace cuda
 
-size_t expert_update_workspace_cuda(const fera_expert_update_args&) { return 0; }
+namespace {
+
+// FERA_EXPERT_VARIANT asks for one; empty or auto leaves the choice here, and so does library, which is the bindings'.
+const char* wished() {
+  const char* value = std::getenv("FERA_EXPERT_VARIANT");
+  return value == nullptr || *value == 0 || std::strcmp(value, "library") == 0 ? "auto" : value;
+}
+bool wished(const char* variant) { return std::strcmp(wished(), variant) == 0; }
+
+// library: the vendor's products, which the bindings call; the kernels here would be slower.
+enum class Variant { none, tiles, mma, wgmma, library };
+
+const char* name_of(Variant v) {
+  constexpr const char* kNames[] = {"", "tiles", "mma", "wgmma", "library"};
+  return kNames[static_cast<int>(v)];
+}
+
+enum class Pass { forward, backward };
+constexpr Pass pass_of(const fera_expert_update_args&) { return Pass::forward; }
+constexpr Pass pass_of(const fera_expert_update_backward_args&) { return Pass::backward; }
+
+// What auto chooses: the first row whose pass and dtype are the call's, whose arch the device has, whose max_rank holds
+// R, whose min_size tokens * (in + out) reaches, and whose variant takes the operands.
+struct Choice {
+  Pass pass;
+  fera_dtype dtype;
+  int arch, max_rank;
+  int64_t min_size;
+  Variant variant;
+};
+constexpr Choice kChoices[] = {
+#include "expert_linear/choices.inc"
+};
+
+int arch_of_device() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
+    cudaGetLastError();  // no device is an answer here, and an error where something is launched
+  return 10 * major + minor;
+}
+
+template <class Args>
+bool takes(Variant variant, const Args& a) {
+  if (variant == Variant::wgmma) return a.weight.data != nullptr && *cuda::fused_refuses(a) == 0;
+  return variant != Variant::mma || *cuda::skinny_refuses(a) == 0;
+}
+
+template <class Args>
+Variant chosen(const Args& a) {
+  const fera_experts& e = a.experts;
+  const int arch = arch_of_device();
+  const int64_t size = e.tokens * (e.in + e.out);
+  for (const Choice& c : kChoices)
+    if (c.pass == pass_of(a) && c.dtype == a.x.dtype && c.arch <= arch && e.experts * e.rank <= c.max_rank &&
+        size >= c.min_size && takes(c.variant, a))
+      return c.variant;
+  return takes(Variant::mma, a) ? Variant::mma : Variant::library;
+}
+
+// A weight asks for the fused kernel and nothing else; without one a wish for it is a wish for its skinny products.
+template <class Args>
+Variant variant_of(const Args& a) {
+  if (a.weight.data != nullptr)
+    return (wished("auto") || wished("wgmma")) && *cuda::fused_refuses(a) == 0 ? Variant::wgmma : Variant::none;
+  const bool skinny = *cuda::skinny_refuses(a) == 0;
+  if (wished("tiles") || (wished("auto") && !skinny)) return Variant::tiles;
+  return skinny ? Variant::mma : Variant::none;
+}
+
+// A wish that cannot be granted is an error, never another kernel.
+template <class Args>
+fera_status check_wish(const char* op, const Args& a) {
+  const bool known = wished("auto") || wished("tiles") || wished("mma") || wished("wgmma");
+  FERA_CHECK(op, known, "FERA_EXPERT_VARIANT", "auto, tiles, mma, wgmma or library", wished());
+  if (variant_of(a) != Variant::none) return FERA_OK;
+  if (a.weight.data != nullptr) {
+    const char* why = cuda::fused_refuses(a);
+    FERA_CHECK(op, false, "weight", std::string("NULL where ") + (*why ? why : "another variant is forced"),
+               "a pointer");
+  }
+  FERA_CHECK(op, false, "FERA_EXPERT_VARIANT", std::string("auto or tiles where ") + cuda::skinny_refuses(a), wished());
+}
+
+}  // namespace
+
+size_t expert_update_workspace_cuda(const fera_expert_update_args& a) {
+  if (a.experts.tokens == 0) return 0;
+  switch (variant_of(a)) {
+    case Variant::wgmma:
+      return cuda::fused_workspace(a);
+    case Variant::mma:
+      return cuda::skinny_workspace(a);
+    default:
+      return 0;
+  }
+}
 
 size_t expert_update_backward_workspace_cuda(const fera_expert_update_backward_args& a) {
+  const Variant variant = a.experts.tokens > 0 ? variant_of(a) : Variant::tiles;
+  if (variant == Variant::wgmma) return cuda::fused_workspace(a);
+  if (variant == Variant::mma) return cuda::skinny_workspace(a);
   return a.x.dtype == FERA_F64 ? cuda::BackwardLayout<double>(a, nullptr).bytes
                                : cuda::BackwardLayout<float>(a, nullptr).bytes;
+}
+
+const char* expert_variant_cuda(const fera_expert_update_args& a) {
+  return name_of(wished("auto") ? chosen(a) : variant_of(a));
+}
+const char* expert_variant_cuda(const fera_expert_update_backward_args& a) {
+  return name_of(wished("auto") ? chosen(a) : variant_of(a));
 }
 
 }  // namespace fera
@@ -122,8 +234,12 @@ size_t expert_update_backward_workspace_cuda(const fera_expert_update_backward_a
 extern "C" fera_status fera_expert_update_cuda(const fera_expert_update_args* a, const fera_context* context) {
   using namespace fera;
   FERA_RETURN_IF_ERROR(check(*a));
-  FERA_RETURN_IF_ERROR(check_workspace("expert_update", context, 0));
   if (a->experts.tokens == 0) return FERA_OK;
+  FERA_RETURN_IF_ERROR(check_wish("expert_update", *a));
+  FERA_RETURN_IF_ERROR(check_workspace("expert_update", context, expert_update_workspace_cuda(*a)));
+  const Variant variant = variant_of(*a);
+  if (variant == Variant::wgmma) return cuda::fused_launch(*a, context);
+  if (variant == Variant::mma) return cuda::skinny_launch(*a, context);
   FERA_RETURN_IF_ERROR(cuda::dispatch(a->x.dtype, [&](auto tag) {
     cuda::forward<typename decltype(tag)::type>(*a, cuda::stream_of(context));
     return FERA_OK;
@@ -135,8 +251,12 @@ extern "C" fera_status fera_expert_update_backward_cuda(const fera_expert_update
                                                         const fera_context* context) {
   using namespace fera;
   FERA_RETURN_IF_ERROR(check(*a));
-  FERA_RETURN_IF_ERROR(
-      check_workspace("expert_update_backward", context, fera_expert_update_backward_workspace(a, FERA_CUDA)));
+  // With no tokens there is nothing to choose: the tiles write zeros.
+  const Variant variant = a->experts.tokens > 0 ? variant_of(*a) : Variant::tiles;
+  if (a->experts.tokens > 0) FERA_RETURN_IF_ERROR(check_wish("expert_update_backward", *a));
+  FERA_RETURN_IF_ERROR(check_workspace("expert_update_backward", context, expert_update_backward_workspace_cuda(*a)));
+  if (variant == Variant::wgmma) return cuda::fused_launch(*a, context);
+  if (variant == Variant::mma) return cuda::skinny_launch(*a, context);
   FERA_RETURN_IF_ERROR(cuda::dispatch(a->x.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const cuda::BackwardLayout<cuda::Compute<T>> layout(*a, context->workspace);

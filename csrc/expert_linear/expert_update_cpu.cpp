@@ -339,6 +339,7 @@ size_t expert_update_backward_workspace_cpu(const fera_expert_update_backward_ar
 extern "C" fera_status fera_expert_update_cpu(const fera_expert_update_args* args, const fera_context* context) {
   using namespace fera;
   FERA_RETURN_IF_ERROR(check(*args));
+  FERA_CHECK("expert_update", args->weight.data == nullptr, "weight", "NULL on the CPU", "a pointer");
   FERA_RETURN_IF_ERROR(check_workspace("expert_update", context, expert_update_workspace_cpu(*args)));
   return dispatch_compute(args->x.dtype, [&](auto tag) {
     forward<typename decltype(tag)::type>(*args, context);
@@ -350,6 +351,7 @@ extern "C" fera_status fera_expert_update_backward_cpu(const fera_expert_update_
                                                        const fera_context* context) {
   using namespace fera;
   FERA_RETURN_IF_ERROR(check(*args));
+  FERA_CHECK("expert_update_backward", args->weight.data == nullptr, "weight", "NULL on the CPU", "a pointer");
   FERA_RETURN_IF_ERROR(check_workspace("expert_update_backward", context, expert_update_backward_workspace_cpu(*args)));
   return dispatch_compute(args->x.dtype, [&](auto tag) {
     backward<typename decltype(tag)::type>(*args, context);

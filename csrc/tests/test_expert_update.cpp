@@ -27,7 +27,7 @@ struct Rows {
   Buffer buffer;
   int64_t count, width;
   Rows(fera_device device, fera_dtype t, int64_t rows, int64_t columns, bool padded) : count(rows), width(columns) {
-    view = {nullptr, t, columns + (padded ? 5 : 0)};
+    view = {nullptr, t, columns + (padded ? columns % 8 == 0 ? 8 : 5 : 0)};  // aligned rows stay aligned
     buffer = Buffer(device, bytes_of(t) * static_cast<size_t>(rows * view.stride));
     view.data = buffer.data();
   }
@@ -86,10 +86,11 @@ Results compute(const Case& c, Inputs& in, Threads threads, bool all = true) {
   const fera_experts experts{
       c.tokens, c.in,           c.out,    c.experts,      c.rank,      c.gates ? c.tokens / c.gates : 1,
       a.data(), c.weight_dtype, b.data(), c.weight_dtype, gate.data(), in.scale};
-  const fera_expert_update_args f{experts, x.view, c.in_place ? r.y.view : base.view, r.y.view, r.h.data()};
+  const fera_expert_update_args f{experts, x.view, c.in_place ? r.y.view : base.view, r.y.view, r.h.data(),
+                                  {},      nullptr};
   EXPECT_OK(FERA_RUN(expert_update, c.device, f, threads));
-  fera_expert_update_backward_args back{experts,     dy.view,     x.view,      r.h.data(),    r.dx.view,
-                                        c.add_to_dx, r.da.data(), r.db.data(), r.dgate.data()};
+  fera_expert_update_backward_args back{experts,     dy.view,     x.view,      r.h.data(),     r.dx.view,
+                                        c.add_to_dx, r.da.data(), r.db.data(), r.dgate.data(), {}};
   if (!all) {  // one output at a time gives the same
     const fera_expert_update_backward_args whole = back;
     back.da = back.db = back.dgate = nullptr;
@@ -158,10 +159,26 @@ void shapes(fera_device device) {
     int experts, rank;
     int64_t gates;
   };
-  const Shape kShapes[] = {{96, 64, 48, 3, 4, 2},    {1, 5, 7, 1, 1, 1},     {50, 33, 65, 3, 5, 5},
-                           {100, 300, 20, 4, 32, 4}, {7, 64, 31, 2, 17, 7},  {0, 8, 8, 2, 2, 0},
-                           {60, 40, 32, 8, 64, 1},   {13, 40, 24, 1, 16, 1}, {300, 17, 1, 5, 3, 10},
-                           {33, 1, 19, 32, 1, 3},    {270, 31, 33, 1, 33, 1}};
+  const Shape kShapes[] = {{96, 64, 48, 3, 4, 2},
+                           {1, 5, 7, 1, 1, 1},
+                           {50, 33, 65, 3, 5, 5},
+                           {100, 300, 20, 4, 32, 4},
+                           {7, 64, 31, 2, 17, 7},
+                           {0, 8, 8, 2, 2, 0},
+                           {60, 40, 32, 8, 64, 1},
+                           {13, 40, 24, 1, 16, 1},
+                           {300, 17, 1, 5, 3, 10},
+                           {33, 1, 19, 32, 1, 3},
+                           {270, 31, 33, 1, 33, 1},
+                           // Aligned widths and small ranks, for the tensor cores: tails of tokens and columns, one
+                           // gate row and many, several blocks of columns, masters of both dtypes.
+                           {64, 64, 64, 3, 4, 1},
+                           {300, 320, 200, 3, 4, 3},
+                           {154, 72, 648, 3, 5, 2},
+                           {77, 1288, 40, 1, 1, 1},
+                           {96, 136, 1032, 2, 16, 6},
+                           {1000, 40, 104, 1, 16, 4},
+                           {33, 8, 8, 4, 6, 1}};
   int turn = 0;
   for (const Shape& s : kShapes)
     for (const fera_dtype t : kDtypes)
@@ -175,11 +192,43 @@ void shapes(fera_device device) {
   done("expert_update shapes, dtypes, strides", device);
 }
 
+// The ways in which the tensor core kernels share out tokens and columns, on large devices and small.
+void cuts(fera_device device) {
+  struct Shape {
+    int64_t tokens, in, out;
+    int experts, rank;
+    int64_t gates;
+  };
+  const Shape kShapes[] = {{9000, 64, 72, 3, 4, 1},     // tiles of 128 tokens, one each
+                           {17000, 72, 40, 3, 4, 4},    // h: several tiles a block
+                           {40000, 16, 24, 3, 4, 5},    // several tiles a slice
+                           {8191, 40, 24, 1, 12, 1},    // a prime number of tokens
+                           {5000, 136, 136, 5, 3, 2},   // an odd number of ranks
+                           {40, 6800, 24, 1, 12, 1},    // A in panels
+                           {4240, 3080, 8, 1, 17, 1},   // A in panels, R > 16
+                           {4400, 24, 2440, 3, 4, 1},   // column blocks, several tiles a slice
+                           {1000, 264, 3080, 4, 8, 1},  // many column blocks, R = 32
+                           {3000, 1288, 648, 1, 1, 1}, {308, 2048, 1280, 3, 4, 4}, {2560, 648, 200, 2, 16, 1},
+                           {700, 640, 1288, 3, 5, 7},  {510, 104, 328, 1, 16, 30}, {960, 72, 1296, 3, 4, 60},
+                           {130, 8, 8, 1, 32, 1},      {527, 200, 88, 31, 1, 17},  {16, 3072, 3072, 3, 4, 1}};
+  int turn = 0;
+  for (const Shape& s : kShapes) {
+    const fera_dtype t = turn % 2 == 0 ? FERA_BF16 : FERA_F16, w = turn / 2 % 2 == 0 ? FERA_F32 : t;
+    check(
+        {device, t, w, s.tokens, s.in, s.out, s.experts, s.rank, s.gates, turn % 2 == 1, turn % 3 == 0, turn % 4 < 2});
+    ++turn;
+  }
+  done("expert_update cuts", device);
+}
+
 void bits(fera_device device) {
-  // The last is narrow and deep: the packed operands' panels are at their narrowest, several chunks each.
+  // The third is narrow and deep: the packed operands' panels are at their narrowest, several chunks each. The last
+  // two are for the tensor cores.
   const Case kCases[] = {{device, FERA_F32, FERA_F32, 430, 70, 90, 3, 4, 2},
                          {device, FERA_BF16, FERA_F32, 430, 70, 90, 3, 4, 2},
-                         {device, FERA_F64, FERA_F64, 9, 700, 2, 1, 2, 1}};
+                         {device, FERA_F64, FERA_F64, 9, 700, 2, 1, 2, 1},
+                         {device, FERA_BF16, FERA_F32, 600, 320, 328, 3, 4, 3},
+                         {device, FERA_F16, FERA_F32, 1600, 136, 648, 3, 7, 100}};
   for (const Case& c : kCases) {
     Inputs in(c);
     const Results first = compute(c, in, Threads::none);
@@ -212,7 +261,7 @@ void errors(fera_device device) {
   const Rows x(device, FERA_F32, 4, 8, false), y(device, FERA_F32, 4, 8, false);
   const Array a(device, FERA_F32, 64), gate(device, FERA_F32, 8), h(device, FERA_F32, 64);
   const fera_experts experts{4, 8, 8, 2, 2, 2, a.data(), FERA_F32, a.data(), FERA_F32, gate.data(), 1.0};
-  const fera_expert_update_args good{experts, x.view, y.view, y.view, h.data()};
+  const fera_expert_update_args good{experts, x.view, y.view, y.view, h.data(), {}, nullptr};
   fera_expert_update_args e = good;
   e.experts.rank = 300;
   expect_error(FERA_RUN(expert_update, device, e), FERA_INVALID,
@@ -236,6 +285,7 @@ void errors(fera_device device) {
 int main() {
   for (const fera_device device : devices()) {
     shapes(device);
+    if (device == FERA_CUDA) cuts(device);
     bits(device);
     nan_stays(device);
     errors(device);

@@ -78,8 +78,9 @@ inline at::ScalarType compute_type(const Tensor& t) {
 }
 inline at::TensorOptions compute_options(const Tensor& t) { return t.options().dtype(compute_type(t)); }
 
-inline void require_same_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  FERA_REQUIRE(op, t.device() == like.device(), name, join("on ", like.device()), t.device());
+inline void require_same_device(const char* op, const char* name, const Tensor& t, const Tensor& like,
+                                const char* of = "") {
+  FERA_REQUIRE(op, t.device() == like.device(), join(name, of), join("on ", like.device()), t.device());
 }
 
 inline void parallel_for(void*, int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* data) {

@@ -4,6 +4,6 @@
 
 TORCH_LIBRARY_IMPL(fera_ext, Autograd, m) {
   for (const char* op : {"band_energy_backward", "frequency_energy_backward", "router_softmax_backward",
-                         "expert_linear_backward", "fecl_loss_backward"})
+                         "expert_linear_backward", "expert_linear_group_backward", "fecl_loss_backward"})
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }

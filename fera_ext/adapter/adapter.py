@@ -147,6 +147,7 @@ class FeraAdapter:
         for path, layer in self.layers.items():
             parent, _, name = path.rpartition(".")
             setattr(self.model.get_submodule(parent), name, layer.base)
+            layer.shared = None
         delattr(self.model, ROUTER_NAME)
         allow_saving(self.model)
         for parameter in self._asked:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fera_ext.adapter.adapter import ROUTER_NAME, FeraAdapter
+from fera_ext.adapter.grouping import share_inputs
 from fera_ext.adapter.guards import refuse_saving, wrapper_in
 from fera_ext.adapter.matching import match, suffix_of
 from fera_ext.adapter.routing import Routing
@@ -23,6 +24,7 @@ def attach(
     *,
     dtype: torch.dtype = torch.float32,
     latent: Extract | None = None,
+    group_projections: bool = True,
 ) -> FeraAdapter:
     """Adapt a denoiser in place: freeze it, wrap the matching linears, route each forward by its latent.
 
@@ -41,6 +43,10 @@ def attach(
         dtype: of the experts' parameters; float32 masters by default. The router's are float32.
         latent: for a forward that :mod:`fera_ext.architectures` does not know: a function of its
             arguments (args, kwargs, latent size) that returns the latent (B, ..., H, W).
+        group_projections: run the projections of an attention that are given the same tensor (q, k and v of a
+            self-attention, k and v of a cross-attention) as one operator, with one gradient to that tensor:
+            the same results from fewer launches and passes over it. Compiled graphs, dropout on the experts' input
+            and base layers other than a plain linear take the separate form. Not saved with the adapter.
 
     Returns:
         The adapter, a handle on what was attached.
@@ -54,7 +60,7 @@ def attach(
     check_model(model)
     if not dtype.is_floating_point:
         raise ValueError(f"attach: dtype must be a floating dtype, got {dtype}")
-    return attach_layers(model, config, match(model, config.target_modules), dtype, latent)
+    return attach_layers(model, config, match(model, config.target_modules), dtype, latent, group_projections)
 
 
 def check_model(model: nn.Module) -> None:
@@ -89,6 +95,7 @@ def attach_layers(
     matched: Mapping[str, nn.Module],
     dtype: torch.dtype,
     latent: Extract | None,
+    group_projections: bool,
 ) -> FeraAdapter:
     """:func:`attach` for layers already chosen and checked."""
     _warn_unmatched(config, matched)
@@ -122,6 +129,8 @@ def attach_layers(
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
     model.add_module(ROUTER_NAME, router)
+    if group_projections:
+        share_inputs(model, layers, state)
     refuse_saving(model)
     routing = Routing(model, router, config.bands, latent or extractor(model), state, layers)
     return FeraAdapter(model, config, layers, router, routing, asked)

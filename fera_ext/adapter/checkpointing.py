@@ -24,21 +24,28 @@ class Segment:
         function: the block.
         state: the model's gate state.
         enabled: whether the experts act in this forward.
+
+    The recomputation runs the same layers as one as the forward did (:attr:`fera_ext.nn.GateState.plan`): it must
+    save the same tensors.
     """
 
     def __init__(self, function: Callable[..., Any], state: GateState, enabled: bool) -> None:
         self.function = function
         self.state = state
         self.enabled = enabled
+        self.plan = state.plan
 
     def __call__(self, gate: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         state = self.state
-        before = state.gate, state.enabled
-        state.gate, state.enabled = gate, self.enabled
+        before = state.gate, state.enabled, state.plan
+        state.gate, state.enabled, state.plan = gate, self.enabled, self.plan
         try:
-            return self.function(*args, **kwargs)
+            result = self.function(*args, **kwargs)
+            state.drop_kept(wasted=True)
+            return result
         finally:
-            state.gate, state.enabled = before
+            state.gate, state.enabled, state.plan = before
+            state.drop_kept()
 
 
 class BoundCheckpoint:

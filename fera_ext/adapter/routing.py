@@ -89,6 +89,9 @@ class Routing:
     def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook."""
         state, latent = self.state, self._latent
+        if not torch.compiler.is_compiling():
+            # A forward that raised has no output; what it did not come to was not wasted.
+            state.drop_kept(wasted=output is not None)
         gate = state.gate if state.enabled else None
         state.gate, self._latent = None, None
         if torch.compiler.is_compiling():

@@ -13,7 +13,7 @@ OPERATORS = {
 }
 """Operators by name; each is the module ``fera_ext.bench.<name>``."""
 
-_BANDS = ("FERA_BAND_VARIANT", ("auto", "cluster", "grid"))
+_BANDS = ("FERA_BAND_VARIANT", ("auto", "cluster", "strips", "grid"))
 _VARIANTS = {"expert_linear": ("FERA_EXPERT_VARIANT", ("all", "auto", "tiles", "mma", "wgmma", "library"))}
 
 

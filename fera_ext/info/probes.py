@@ -44,6 +44,11 @@ def probes(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Call
     yield "router_softmax", lambda m: m.router_softmax(energy, *router, 0.7), [energy, *router]
     yield "latent_gate", lambda m: m.latent_gate(z, bands, *router, 0.7), [z, *router]
     yield "expert_linear", lambda m: m.expert_linear(x, weight, bias, a, b, gate, 0.25), [x, a, b, gate]
+    yield (
+        "expert_linear_group",
+        lambda m: torch.cat(m.expert_linear_group(x, [weight, -weight], [bias, None], [a, -a], [b, b], gate, 0.25), -1),
+        [x, a, b, gate],
+    )
     yield "expert_update", lambda m: m.expert_update(x[..., :40], x, a, b, gate, 0.25), [x, a, b, gate]
     yield "fecl_loss", lambda m: m.fecl_loss(base, z, target, bands), [z]
 

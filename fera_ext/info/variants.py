@@ -14,6 +14,7 @@ VARIABLE = "FERA_BAND_VARIANT"
 SINGLE = {
     "router_softmax": "one block a sample (CUDA), one sample a task (CPU)",
     "expert_linear": "base product by the vendor's library, then expert_update in place",
+    "expert_linear_group": "one kernel each way where the core has it for all members (wgmma), else one by one",
     "expert_update": "tiled skinny products (FERA_EXPERT_VARIANT=library: the vendor's, gate and scale folded into B)",
 }
 """Operators with one variant. The others run on the band kernels: their variants are asked for."""
@@ -27,16 +28,18 @@ LATENTS = (
     ((1, 3, 509, 31), torch.float32),
     ((4, 4, 64, 64), torch.float64),
 )
-"""Usual latents, one with many planes, and sizes and a dtype that have no cluster kernel."""
+"""Usual latents, one with many planes, and sizes and a dtype that have neither cluster nor strips."""
 
 FORCE = (
-    f"{VARIABLE}=cluster or grid forces a variant on CUDA; an operator refuses a latent that does not have it. "
+    f"{VARIABLE}=cluster, strips or grid forces a variant on CUDA; an operator refuses a latent that does not have it. "
     "auto or unset: the dispatcher chooses. FERA_CPU_ISA=generic or avx2 forces a lower instruction set on the CPU."
 )
 NO_GPU = (
     "no GPU in use, so the table is the CPU's. On a GPU each row asks the same question of the CUDA dispatcher: "
     "cluster (a sample in the shared memories of a thread block cluster: sm_90 and newer, spectral bands, "
-    "float32, float16 or bfloat16, a size with a kernel of its own) or grid (one cooperative launch, everything else)"
+    "float32, float16 or bfloat16, a size with a kernel of its own), strips (rows by the blocks of a cluster: sm_90 "
+    "and newer, separable bands of at most four blurs, float32, float16 or bfloat16) or grid (one cooperative launch, "
+    "everything else)"
 )
 
 
@@ -50,15 +53,14 @@ def band_variant(shape: tuple[int, ...], dtype: torch.dtype, bands: Bands, devic
         device: a CPU, or a CUDA device of a build with CUDA kernels.
 
     Returns:
-        The instruction set on the CPU; ``"cluster"`` or ``"grid"`` on CUDA, and ``""`` where the build has no
-        CUDA kernels or FERA_BAND_VARIANT asks for what the latent does not have.
+        The instruction set on the CPU; ``"cluster"``, ``"strips"`` or ``"grid"`` on CUDA, and ``""`` where the build
+        has no CUDA kernels or FERA_BAND_VARIANT asks for what the latent does not have.
     """
     filters = bands.filters(shape[-2], shape[-1], torch.device("cpu"), torch.float32)
-    blurs = 0 if filters.spectral else filters.table.shape[0]
-    return _ask(shape, dtype, bands.count, blurs, device)
+    return _ask(shape, dtype, bands.count, list(filters.reach), device)
 
 
-def _ask(shape: tuple[int, ...], dtype: torch.dtype, count: int, blurs: int, device: torch.device) -> str:
+def _ask(shape: tuple[int, ...], dtype: torch.dtype, count: int, reach: list[int], device: torch.device) -> str:
     from fera_ext._extension import C
 
     planes = 1
@@ -66,7 +68,7 @@ def _ask(shape: tuple[int, ...], dtype: torch.dtype, count: int, blurs: int, dev
         planes *= size
     cuda = device.type == "cuda"
     with torch.cuda.device(device) if cuda else nullcontext():
-        return C.band_variant(shape[0], planes, *shape[-2:], DTYPES[dtype], count, blurs, cuda)
+        return C.band_variant(shape[0], planes, *shape[-2:], DTYPES[dtype], count, reach, cuda)
 
 
 def _why(shape: tuple[int, ...], dtype: torch.dtype, bands: Bands, device: torch.device, variant: str) -> str:
@@ -79,18 +81,20 @@ def _why(shape: tuple[int, ...], dtype: torch.dtype, bands: Bands, device: torch
         return f"{method}; {widest}"
     wish = os.environ.get(VARIABLE) or "auto"
     if variant == "":
-        known = wish in ("auto", "cluster", "grid")
+        known = wish in ("auto", "cluster", "strips", "grid")
         return f"refused: {VARIABLE}={wish} asks for " + ("what this latent does not have" if known else "no variant")
     if variant == "cluster":
         return f"{method}; a kernel for {shape[-2]} x {shape[-1]}, its sample in a cluster's shared memories"
+    if variant == "strips":
+        return f"{method}; strips of rows by the blocks of a cluster"
     if wish == "grid":
         reason = f"forced by {VARIABLE}"
-    elif not spectral:
-        reason = "cluster kernels are spectral"
     elif dtype == torch.float64:
-        reason = "no cluster kernels in float64"
+        reason = "neither clusters nor strips in float64"
     elif torch.cuda.get_device_capability(device) < (9, 0):
         reason = "no thread block clusters before sm_90"
+    elif not spectral:
+        reason = "cluster kernels are spectral, and no strips of these blurs fit this device"
     else:
         reason = f"no cluster kernel for {shape[-2]} x {shape[-1]}, or none that fits this device"
     return f"{method}; {reason}"

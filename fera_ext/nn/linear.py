@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fera_ext import ops
+from fera_ext.nn.sharing import SharedInput, is_plain
 
 
 class GateSource(Protocol):
@@ -62,6 +63,7 @@ class FeraLinear(nn.Module):
             raise ValueError(f"FeraLinear: base must be {reason}, got {type(base).__name__}")
         self.base = base
         self.source = source
+        self.shared: SharedInput | None = None  # with the layers that are given the same tensor
         self.scale = alpha / rank
         self.dropout = float(dropout)
         shapes = self.expert_shapes(self.in_features, self.out_features, rank, num_experts)
@@ -126,10 +128,15 @@ class FeraLinear(nn.Module):
                 "call of the layer outside of one (or recomputed by a backward pass that does not start "
                 "at the denoiser's output)"
             )
+        # A compiled graph takes the separate form: no state from one call to the next.
+        if not torch.compiler.is_compiling() and self.shared is not None:
+            out = self.shared.output(self, x, gate)
+            if out is not None:
+                return out
         if gate.device != x.device:
             gate = gate.to(x.device)
         dropped = self.training and self.dropout > 0
-        if _plain(base) and not dropped:
+        if is_plain(base) and not dropped:
             weight, bias = self.weight, self.bias
             return ops.expert_linear(x, weight, bias, self.lora_A, self.lora_B, gate, self.scale)
         out = base(x)
@@ -155,19 +162,6 @@ def unsupported(base: nn.Module) -> str | None:
     if _device(base).type == "meta":
         return "on a real device (attach before offloading)"
     return None
-
-
-def _plain(base: nn.Module) -> bool:
-    """Whether base(x) is exactly F.linear(x, weight, bias), with nobody listening to the call."""
-    return (
-        type(base).forward is nn.Linear.forward
-        and type(base.weight) in (nn.Parameter, Tensor)
-        and not base._forward_hooks
-        and not base._forward_pre_hooks
-        and not base._backward_hooks
-        and not base._backward_pre_hooks
-        and "forward" not in base.__dict__
-    )
 
 
 def _device(base: nn.Module) -> torch.device:

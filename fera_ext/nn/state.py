@@ -18,10 +18,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fera_ext.nn.sharing import SharedInput
 
 
 class GateState:
@@ -32,6 +35,8 @@ class GateState:
         enabled: whether the experts act; False gives the base layers' own outputs.
         last: (G, E), the gate of the last enabled forward, None before the first.
         disabled_depth: how many :meth:`fera_ext.adapter.FeraAdapter.disabled` blocks are open.
+        plan: which layers run as one (:mod:`fera_ext.nn.sharing`), as a number; a recomputation has its forward's.
+        holding: the groups that keep outputs for calls to come.
     """
 
     def __init__(self) -> None:
@@ -40,7 +45,11 @@ class GateState:
         self.last: Tensor | None = None
         self.disabled_depth = 0
         self.adapted: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-        self._held: dict[int, tuple[Tensor | None, bool, list[Replay]]] = {}
+        self.plan = 0
+        self.holding: set[SharedInput] = set()
+        self._newest = 0
+        self._replanned = False
+        self._held: dict[int, tuple[Tensor | None, bool, int, list[Replay]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateState:
         copied = GateState()
@@ -51,24 +60,38 @@ class GateState:
         return GateState, ()
 
     def reset(self) -> None:
-        """Forget what a backward pass that raised has left behind."""
+        """Before a forward: forget what a backward pass that raised has left behind, and take the newest plan."""
         self._held.clear()
+        self.drop_kept()
+        self._newest += self._replanned
+        self.plan, self._replanned = self._newest, False
         self.gate = None
         self.enabled = self.disabled_depth == 0
+
+    def next_plan(self) -> int:
+        """The number of the plan from the next forward on, which differs from the newest."""
+        self._replanned = True
+        return self._newest + 1
+
+    def drop_kept(self, wasted: bool = False) -> None:
+        """Forget all outputs that are kept for calls to come; ``wasted``: those calls should have come."""
+        while self.holding:
+            self.holding.pop().drop(wasted)
 
     def hold(self, replay: Replay) -> None:
         """Bind ``replay``'s gate until the running backward pass ends."""
         task = torch._C._current_graph_task_id()
         if task not in self._held:
-            self._held[task] = (self.gate, self.enabled, [])
+            self._held[task] = (self.gate, self.enabled, self.plan, [])
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._release, task))
-        replays = self._held[task][2]
+        replays = self._held[task][3]
         if replay not in replays:
             replays.append(replay)
-        self.gate, self.enabled = replay.begin(), replay.enabled
+        self.gate, self.enabled, self.plan = replay.begin(), replay.enabled, replay.plan
 
     def _release(self, task: int) -> None:
-        self.gate, self.enabled, replays = self._held.pop(task)
+        self.gate, self.enabled, self.plan, replays = self._held.pop(task)
+        self.drop_kept()
         for replay in replays:
             replay.finish()
 
@@ -99,6 +122,7 @@ class Replay:
         self.enabled = gate is not None
         self.gate = gate
         self.latent = latent
+        self.plan = state.plan
         self.version = None if latent is None or latent.is_inference() else latent._version
         self.evaluate = evaluate
         self.relay: Tensor | None = None

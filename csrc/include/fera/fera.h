@@ -212,6 +212,10 @@ typedef struct fera_expert_update_args {
   fera_rows base; /* (T, out), x's dtype; may be y itself */
   fera_rows y;    /* (T, out), x's dtype */
   void* h;        /* (T, R) contiguous, x's dtype: A x, before gate and scale; backward needs it */
+  /* With a weight, base is not read: y = x W^T + bias + ..., in one kernel. Only where fera_expert_variant says
+   * "wgmma". */
+  fera_rows weight; /* (out, in), x's dtype; data NULL: base is given */
+  const void* bias; /* (out), x's dtype, or NULL */
 } fera_expert_update_args;
 
 FERA_API size_t fera_expert_update_workspace(const fera_expert_update_args*, fera_device);
@@ -228,11 +232,37 @@ typedef struct fera_expert_update_backward_args {
   void* da;          /* like lora_a, or NULL */
   void* db;          /* like lora_b, or NULL */
   void* dgate;       /* like gate, or NULL; with no tokens the number of its rows is unknown: it is not written */
+  fera_rows weight;  /* (out, in): dx = dy W + ..., as in forward; data NULL: add_to_dx says where dx starts */
 } fera_expert_update_backward_args;
 
 FERA_API size_t fera_expert_update_backward_workspace(const fera_expert_update_backward_args*, fera_device);
 FERA_API fera_status fera_expert_update_backward_cpu(const fera_expert_update_backward_args*, const fera_context*);
 FERA_API fera_status fera_expert_update_backward_cuda(const fera_expert_update_backward_args*, const fera_context*);
+
+/* ---- expert_group: up to four expert_linears of one x and one gate (q, k, v), in one product each way ---- */
+#define FERA_MAX_GROUP 4
+typedef struct fera_expert_group_args {
+  int32_t members;
+  fera_expert_update_args member[FERA_MAX_GROUP]; /* of the same x, tokens, in and gate, each with its weight */
+} fera_expert_group_args;
+
+FERA_API size_t fera_expert_group_workspace(const fera_expert_group_args*, fera_device);
+FERA_API fera_status fera_expert_group_cpu(const fera_expert_group_args*, const fera_context*);
+FERA_API fera_status fera_expert_group_cuda(const fera_expert_group_args*, const fera_context*);
+
+typedef struct fera_expert_group_backward_args {
+  int32_t members;
+  fera_expert_update_backward_args member[FERA_MAX_GROUP]; /* of the same x and dx: dx is the sum over the members */
+} fera_expert_group_backward_args;
+
+FERA_API size_t fera_expert_group_backward_workspace(const fera_expert_group_backward_args*, fera_device);
+FERA_API fera_status fera_expert_group_backward_cpu(const fera_expert_group_backward_args*, const fera_context*);
+FERA_API fera_status fera_expert_group_backward_cuda(const fera_expert_group_backward_args*, const fera_context*);
+
+/* 1 where such a group runs as one on the current device now: sm_90a, operands that "wgmma" takes, R up to 32.
+ * Elsewhere, and on the CPU, its members run one by one. */
+FERA_API int fera_expert_group_takes(const fera_expert_group_args*, fera_device device);
+FERA_API int fera_expert_group_backward_takes(const fera_expert_group_backward_args*, fera_device device);
 
 /* ---- the build ---- */
 FERA_API const char* fera_last_error(void); /* this thread's last error sentence; "" if none */
@@ -242,10 +272,19 @@ FERA_API int fera_has_cuda(void);             /* 1 if the CUDA kernels were buil
 FERA_API const char* fera_cuda_targets(void); /* e.g. "80-real,86-real,89-real,90a-real,90-virtual", or "" */
 
 /* The kernel variant that the energies of such a latent take now. CPU: fera_cpu_isa(). CUDA, on the current device:
- * "cluster" or "grid" (FERA_BAND_VARIANT=cluster or grid forces one); "" in a build without CUDA, and where the
- * variable forces what the latent does not have, so that the operators would refuse it. Of the structs only sizes,
- * strides, dtype, bands and blurs are read, no pointer. */
+ * "cluster", "strips" or "grid" (FERA_BAND_VARIANT forces one); "" in a build without CUDA, and where the variable
+ * forces what the latent does not have, so that the operators would refuse it. Of the structs only sizes, strides,
+ * dtype, bands, blurs and reach are read, no pointer. */
 FERA_API const char* fera_band_variant(const fera_latent* z, const fera_filters* filters, fera_device device);
+
+/* The kernel variant that serves an expert_update best now. CPU: fera_cpu_isa(). CUDA, on the current device: "wgmma"
+ * (sm_90a; base product and update in one kernel, where a weight is given), "mma" (tensor cores, 16-bit x, R up to 32),
+ * or "library": products of a vendor's library, as the PyTorch bindings make them, are faster than what is here; a call
+ * then runs "tiles", which takes everything. FERA_EXPERT_VARIANT=wgmma, mma or tiles asks for one, and the operators
+ * refuse what it does not take (""). "" in a build without CUDA. Sizes, strides, dtypes and the alignment of the
+ * pointers are read, nothing they point to. */
+FERA_API const char* fera_expert_variant(const fera_expert_update_args*, fera_device device);
+FERA_API const char* fera_expert_backward_variant(const fera_expert_update_backward_args*, fera_device device);
 
 #ifdef __cplusplus
 }

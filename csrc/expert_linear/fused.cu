@@ -1,0 +1,302 @@
+// Host side of fused.cuh: what it takes, the tile it takes for a size, tensor maps, launches.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "expert_linear/fused.cuh"
+#include "expert_linear/fused.h"
+#include "expert_linear/fused_host.h"
+#include "expert_linear/fused_pack.cuh"
+#include "expert_linear/skinny.h"
+#include "expert_linear/wide.h"
+
+namespace fera::cuda {
+namespace {
+
+template <int kN, bool kNMajor, int kCluster, int kInside>
+bool encode(FusedMaps* maps, int i, const Product& p) {
+  const fera_dtype t = p.x.dtype;
+  const int64_t stride = p.weight.stride;
+  constexpr int kShare = kN / kCluster;
+  return encode_rows(&maps->x[i], t, p.x.data, p.depth, p.rows, p.x.stride, 64, kFusedRows) &&
+         (kInside == 0 ? encode_rows(&maps->u[i], t, p.u, p.rank, p.rows, p.rank, 64, kFusedRows)
+                       : encode_rows(&maps->u[i], t, p.inside.a, p.depth, kInside, p.depth, 64, kInside)) &&
+         encode_rows(&maps->y[i], t, p.y.data, p.columns, p.rows, p.y.stride, 32, 64) &&
+         (kNMajor ? encode_rows(&maps->w[i], t, p.weight.data, p.columns, p.depth, stride, 64, 64) &&
+                        encode_rows(&maps->v[i], t, p.v, p.columns, p.rank, p.columns, 64, 64)
+                  : encode_rows(&maps->w[i], t, p.weight.data, p.depth, p.columns, stride, 64, kShare) &&
+                        encode_rows(&maps->v[i], t, p.v, p.rank, p.columns, p.rank, 64, kShare));
+}
+
+template <class T, int kN, bool kNMajor, int kCluster, int kInside = 0>
+fera_status launch(const char* op, const Products& p, cudaStream_t stream) {
+  using Size = FusedSize<kN, kNMajor, kInside>;
+  FusedMaps maps;
+  FusedShape<T> shape{};
+  shape.members = p.members;
+  shape.summed = p.summed;
+  for (int i = 0; i < p.members; ++i) {
+    const Product& m = p.member[i];
+    if (!encode<kN, kNMajor, kCluster, kInside>(&maps, i, m)) {
+      set_last_error(std::string(op) + ": " + fera_last_error());
+      return FERA_CUDA_ERROR;
+    }
+    shape.bias[i] = static_cast<const T*>(m.bias);
+    shape.columns[i] = static_cast<int>(m.columns);
+    shape.first_tile[i] = p.summed ? 0 : shape.column_tiles;
+    shape.blocks[i] = static_cast<int>(ceil_div(m.depth, int64_t{kFusedDepth}));
+    shape.rank_steps[i] = ceil_div(m.rank, 16);
+    const Inside& in = m.inside;
+    shape.hidden[i] = {in.gate, in.rows_per_gate, in.experts, in.each, in.scale, in.h};
+    if (i == 0 || !p.summed) shape.column_tiles += static_cast<int>(ceil_div(m.columns, int64_t{kN}));
+  }
+  shape.rows = static_cast<int>(p.member[0].rows);
+  shape.row_tiles = static_cast<int>(ceil_div(p.member[0].rows, int64_t{kFusedRows * kCluster}));
+  shape.tiles = shape.row_tiles * shape.column_tiles;
+  const auto kernel = fused_product<T, kN, kNMajor, kCluster, kInside>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Size::bytes);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = kCluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(std::min(hopper() / kCluster, shape.tiles) * kCluster);
+  config.blockDim = dim3(kFusedThreads);
+  config.dynamicSmemBytes = Size::bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, maps, shape);
+  return launch_status(op);
+}
+
+// Widths of tiles there are kernels for.
+template <int kCluster, bool kInside>
+struct Widths {
+  using type = std::integer_sequence<int, 192, 160>;
+};
+template <>
+struct Widths<2, false> {
+  using type = std::integer_sequence<int, 256, 224, 192, 160, 128>;
+};
+template <>
+struct Widths<2, true> {  // an instruction has at most 256 columns, those of h with them
+  using type = std::integer_sequence<int, 224, 192, 160, 128>;
+};
+
+// Of the widths the one that takes least time by the waves of blocks it makes. A wave took 1.05 us and 4.8e-5 us for
+// each column and each number along k (H200, 128 rows, K 640 and 3072, five widths).
+template <int... kWidths>
+int tile_columns(const Products& p, int cluster, int inside, std::integer_sequence<int, kWidths...>) {
+  const char* wish = std::getenv("FERA_EXPERT_TILE");  // for tests and timings: a width, where there is one
+  const int forced = wish == nullptr ? 0 : std::atoi(wish);
+  int best = 0;
+  double least = 1e30;
+  const int64_t rows = ceil_div(p.member[0].rows, int64_t{cluster} * kFusedRows);
+  double depth = static_cast<double>(p.member[0].depth);
+  for (int i = 1; i < p.members && p.summed; ++i) depth += static_cast<double>(p.member[i].depth);
+  for (const int width : {kWidths...}) {
+    int64_t tiles = 0;
+    for (int i = 0; i < (p.summed ? 1 : p.members); ++i) tiles += rows * ceil_div(p.member[i].columns, int64_t{width});
+    const double waves = static_cast<double>(ceil_div(tiles, int64_t{hopper() / cluster}));
+    const double time = waves * (1.05 + 4.8e-5 * (width + inside) * depth);
+    if (width == forced) return width;
+    if (time < least) best = width, least = time;
+  }
+  return best;
+}
+
+template <class T, bool kNMajor, int kCluster, int kInside, int... kWidths>
+fera_status launch_width(const char* op, const Products& p, cudaStream_t stream,
+                         std::integer_sequence<int, kWidths...> widths) {
+  const int columns = tile_columns(p, kCluster, kInside, widths);
+  fera_status status = FERA_OK;
+  ((columns == kWidths && (status = launch<T, kWidths, kNMajor, kCluster, kInside>(op, p, stream), true)) || ...);
+  return status;
+}
+
+// f(std::integral_constant) for one of two values.
+template <int kFirst, int kSecond, class F>
+fera_status either(bool first, F f) {
+  return first ? f(std::integral_constant<int, kFirst>{}) : f(std::integral_constant<int, kSecond>{});
+}
+
+template <class T>
+fera_status launch_products(const char* op, const Products& p, cudaStream_t stream) {
+  const Product& first = p.member[0];
+  // Where the loop over k is short, two blocks that wait for each other cost more than the loads they share.
+  return either<1, 2>(first.depth <= 384, [&](auto cluster) {
+    constexpr int kCluster = decltype(cluster)::value;
+    using Outside = typename Widths<kCluster, false>::type;
+    using With = typename Widths<kCluster, true>::type;
+    if (first.n_major) return launch_width<T, true, kCluster, 0>(op, p, stream, Outside{});
+    if (first.inside.a == nullptr) return launch_width<T, false, kCluster, 0>(op, p, stream, Outside{});
+    return either<16, 32>(first.rank == 16, [&](auto rank) {
+      return launch_width<T, false, kCluster, decltype(rank)::value>(op, p, stream, With{});
+    });
+  });
+}
+
+const char* refuses(const fera_rows& weight, int64_t width) {
+  if (weight.data == nullptr) return "the base product is not asked for";
+  if (std::strstr(fera_cuda_targets(), "90a") == nullptr) return "the build has no kernels for sm_90a";
+  if (hopper() == 0) return "the device is not of sm_90";
+  if (encoder() == nullptr) return "the driver knows no tensor maps";
+  if (reinterpret_cast<uintptr_t>(weight.data) % 16 != 0 || weight.stride % 8 != 0 || weight.stride < width)
+    return "rows of the weight are not aligned to 16 bytes";
+  return "";
+}
+bool repeats(const fera_rows& r, int64_t width) { return r.stride < width; }  // a tensor map has no stride of 0
+
+int padded(const fera_experts& e) { return int64_t{e.experts} * e.rank <= 16 ? 16 : 32; }
+
+// The workspace of a narrow call: what the skinny products want, A and B in x's dtype.
+template <class Args>
+struct FusedLayout {
+  char* skinny;
+  void *a16, *b16;
+  size_t bytes;
+  FusedLayout(const Args& args, size_t skinny_bytes, void* base) {
+    const fera_experts& e = args.experts;
+    Workspace workspace(base);
+    skinny = workspace.take<char>(static_cast<int64_t>(skinny_bytes));
+    a16 = workspace.take<Half>(e.in * padded(e));
+    b16 = workspace.take<Half>(e.out * padded(e));
+    bytes = workspace.used();
+  }
+};
+FusedLayout<fera_expert_update_args> layout(const fera_expert_update_args& a, bool inside, void* base) {
+  return {a, inside ? 0 : skinny_workspace(a), base};
+}
+FusedLayout<fera_expert_update_backward_args> layout(const fera_expert_update_backward_args& a, void* base) {
+  return {a, skinny_workspace(a), base};
+}
+
+// A as (rank, in) and B as (out, rank), in x's dtype.
+Pack pack_a(const fera_experts& e, void* to) {
+  const int in = static_cast<int>(e.in);
+  return {e.lora_a, e.a_dtype == FERA_F32, e.in, e.experts * e.rank, in, padded(e), in, to};
+}
+Pack pack_b(const fera_experts& e, void* to) {
+  const int out = static_cast<int>(e.out), stacked = e.experts * e.rank;
+  return {e.lora_b, e.b_dtype == FERA_F32, stacked, out, stacked, out, padded(e), to};
+}
+
+}  // namespace
+
+fera_status launch_products(const char* op, const Products& p, cudaStream_t stream) {
+  return p.member[0].x.dtype == FERA_BF16 ? launch_products<Bfloat>(op, p, stream)
+                                          : launch_products<Half>(op, p, stream);
+}
+fera_status launch_product(const char* op, const Product& p, cudaStream_t stream) {
+  return launch_products(op, {1, false, {p}}, stream);
+}
+
+const char* fused_refuses(const fera_expert_update_args& a) {
+  const char* why = wide_ranks(a.experts) ? wide_refuses(a) : skinny_refuses(a);
+  if (*why == 0) why = refuses(a.weight, a.experts.in);
+  if (*why == 0 && repeats(a.x, a.experts.in)) why = "rows of x repeat";
+  return why;
+}
+const char* fused_refuses(const fera_expert_update_backward_args& a) {
+  const char* why = wide_ranks(a.experts) ? wide_refuses(a) : skinny_refuses(a);
+  if (*why == 0) why = refuses(a.weight, a.experts.in);
+  if (*why == 0 && repeats(a.dy, a.experts.out)) why = "rows of dy repeat";
+  return why;
+}
+
+// Inside, h costs its share of the product, again in every column tile of about 200. Outside it is a kernel of its own,
+// 5 us and a read of x at 2.8 TB/s.
+bool fused_inside(const fera_expert_update_args& a) {
+  const char* forced = std::getenv("FERA_EXPERT_INSIDE");  // for tests and timings: 0 or 1
+  if (forced != nullptr && *forced != 0) return *forced == '1';
+  const fera_experts& e = a.experts;
+  const double x = static_cast<double>(e.tokens) * static_cast<double>(e.in);
+  return 2 * x * static_cast<double>(e.out) * padded(e) / 200 / 7e14 < 5e-6 + 2 * x / 2.8e12;
+}
+
+size_t fused_workspace(const fera_expert_update_args& a, bool inside) { return layout(a, inside, nullptr).bytes; }
+size_t fused_workspace(const fera_expert_update_args& a) {
+  return wide_ranks(a.experts) ? wide_workspace(a) : fused_workspace(a, fused_inside(a));
+}
+size_t fused_workspace(const fera_expert_update_backward_args& a) {
+  return wide_ranks(a.experts) ? wide_workspace(a) : layout(a, nullptr).bytes;
+}
+
+fera_status fused_before(const fera_expert_update_args& a, bool inside, const fera_context* context, Packs* packs,
+                         Product* p) {
+  const fera_experts& e = a.experts;
+  const auto l = layout(a, inside, context->workspace);
+  *p = {a.x, a.weight, a.y, false, a.bias, nullptr, l.b16, e.tokens, e.out, e.in, padded(e), {}};
+  packs->piece[packs->pieces++] = pack_b(e, l.b16);
+  if (inside) {
+    packs->piece[packs->pieces++] = pack_a(e, l.a16);
+    p->inside = {l.a16,
+                 static_cast<const float*>(e.gate),
+                 static_cast<int>(e.rows_per_gate),
+                 e.experts,
+                 e.rank,
+                 static_cast<float>(e.scale),
+                 a.h};
+    return FERA_OK;
+  }
+  Gated gated{};
+  fera_context own = *context;
+  own.workspace = l.skinny;
+  FERA_RETURN_IF_ERROR(skinny_down(a, &own, &gated));
+  p->u = gated.rows;
+  return FERA_OK;
+}
+
+fera_status fused_before(const fera_expert_update_backward_args& a, const fera_context* context, Packs* packs,
+                         Product* p) {
+  const fera_experts& e = a.experts;
+  const auto l = layout(a, context->workspace);
+  *p = {a.dy, a.weight, a.dx, true, nullptr, nullptr, l.a16, e.tokens, e.in, e.out, padded(e), {}};
+  if (a.dx.data != nullptr) packs->piece[packs->pieces++] = pack_a(e, l.a16);
+  Gated gated{};
+  fera_context own = *context;
+  own.workspace = l.skinny;
+  FERA_RETURN_IF_ERROR(skinny_across(a, &own, &gated));
+  p->u = gated.rows;
+  return FERA_OK;
+}
+
+fera_status fused_launch(const fera_expert_update_args& a, const fera_context* context) {
+  const fera_experts& e = a.experts;
+  const cudaStream_t stream = stream_of(context);
+  if (wide_ranks(e)) {
+    LowRank term{};
+    FERA_RETURN_IF_ERROR(wide_down(a, context, &term));
+    return launch_product("expert_update",
+                          {a.x, a.weight, a.y, false, a.bias, term.u, term.v, e.tokens, e.out, e.in, term.rank, {}},
+                          stream);
+  }
+  Packs packs{};
+  Product product{};
+  FERA_RETURN_IF_ERROR(fused_before(a, fused_inside(a), context, &packs, &product));
+  launch_pack(a.x.dtype, packs, stream);
+  return launch_product("expert_update", product, stream);
+}
+
+fera_status fused_launch(const fera_expert_update_backward_args& a, const fera_context* context) {
+  const fera_experts& e = a.experts;
+  const cudaStream_t stream = stream_of(context);
+  if (wide_ranks(e)) {
+    LowRank term{};
+    FERA_RETURN_IF_ERROR(wide_across(a, context, &term));
+    if (a.dx.data == nullptr) return FERA_OK;
+    return launch_product("expert_update_backward",
+                          {a.dy, a.weight, a.dx, true, nullptr, term.u, term.v, e.tokens, e.in, e.out, term.rank, {}},
+                          stream);
+  }
+  Packs packs{};
+  Product product{};
+  FERA_RETURN_IF_ERROR(fused_before(a, context, &packs, &product));
+  if (a.dx.data == nullptr) return launch_status("expert_update_backward");
+  launch_pack(a.x.dtype, packs, stream);
+  return launch_product("expert_update_backward", product, stream);
+}
+
+}  // namespace fera::cuda

@@ -1,0 +1,312 @@
+// y = x W + bias + u V in one kernel (sm_90a): the low-rank term is the last blocks of the base product's loop over k.
+// Forward: W is the base weight read along k, V is B. Backward: dx = dy W + (gate scale dh) A, both read along n.
+// kInside = 16 or 32 (R padded), forward: h too is made here. A lies beside W as further columns of each product, so
+// that x is read once for both; at the end of the loop the block scales its rows of h by the gate and multiplies them
+// by B. Every column tile makes h again, and the first of a member writes it. kInside = 0: u comes from another kernel.
+//
+// Members are linears of one input (q, k, v): forward their columns lie side by side, a tile belongs to one; backward
+// (summed) their products follow one another in the loop over k, and dx is written once.
+//
+// A cluster of kCluster blocks works on kCluster tiles of 128 rows and the same kN columns, each loading its share of
+// the columns for all. A block: a warp that starts the tensor copies into a ring of stages (128 x 64 of x, 64 x kN of
+// W), and two warpgroups of 64 rows each that multiply and write. Blocks are persistent, so the copies of the next
+// tile run during the end of the last.
+#pragma once
+
+#include <type_traits>
+
+#include "expert_linear/hopper.cuh"
+
+namespace fera::cuda {
+
+constexpr int kFusedRows = 128, kFusedDepth = 64, kFusedThreads = 384;
+constexpr int kFusedShared = 227 * 1024;  // a block's on sm_90
+
+constexpr int kMembers = 4;
+
+struct FusedMaps {
+  CUtensorMap x[kMembers], w[kMembers], u[kMembers], v[kMembers], y[kMembers];  // u: A if kInside
+};
+
+// What kInside needs beside the maps.
+struct Hidden {
+  const float* gate;
+  int rows_per_gate, experts, rank;
+  float scale;
+  void* h;  // (T, R) in x's dtype
+};
+
+template <class T>
+struct FusedShape {
+  const T* bias[kMembers];   // (N) or NULL
+  int columns[kMembers];     // N
+  int first_tile[kMembers];  // column tiles of the members before
+  int blocks[kMembers];      // of 64 along k of x W
+  int rank_steps[kMembers];  // of 16 of u V
+  Hidden hidden[kMembers];
+  int rows;  // T
+  int members;
+  bool summed;
+  int row_tiles, column_tiles, tiles;  // row_tiles: clusters' worth
+};
+
+// A tile's place, the member that it is written for, and the members [first, last) whose products it sums.
+struct FusedTile {
+  int row, column, member, first, last;
+};
+
+template <int kN, bool kNMajor, int kInside>
+struct FusedSize {
+  static_assert(kInside == 0 || !kNMajor, "h is made forward");
+  static constexpr int x_bytes = kFusedRows * kFusedDepth * 2;
+  static constexpr int boxes = (kN + 63) / 64;  // n-major: of 64 columns
+  static constexpr int w_bytes = kNMajor ? boxes * 64 * kFusedDepth * 2 : kN * kFusedDepth * 2;
+  static constexpr int narrow_bytes = kInside * kFusedDepth * 2;
+  static constexpr int stage = x_bytes + w_bytes + narrow_bytes;
+  static constexpr int staging = 2 * 2 * 64 * 64 * 2;  // of each warpgroup, two pieces of 64 columns
+  static constexpr int stages = (kFusedShared - 1024 - 256 - staging) / stage;
+  static constexpr int bytes = stages * stage + staging + 256 + 1024;  // 1024: to align the start
+};
+
+// Tile `index` of a cluster. Rows go in bands of at most ten clusters, columns within a band, so that the tiles at work
+// at one time share rows and columns in L2.
+template <int kN, int kCluster, class T>
+__device__ inline FusedTile fused_tile(const FusedShape<T>& s, int index, int rank) {
+  const int height = ceil_div(s.row_tiles, ceil_div(s.row_tiles, 10));
+  const int band = index / (height * s.column_tiles), inside = index - band * height * s.column_tiles;
+  const int rows = min(height, s.row_tiles - band * height), column = inside / rows;
+  int member = 0;
+  if (!s.summed)
+    while (member + 1 < s.members && column >= s.first_tile[member + 1]) ++member;
+  return {((band * height + inside % rows) * kCluster + rank) * kFusedRows, (column - s.first_tile[member]) * kN,
+          member, s.summed ? 0 : member, s.summed ? s.members : member + 1};
+}
+
+// gate * scale of this thread's rows of h, `row` and `row` + 8, and columns 8 n + 2 (lane % 4) + {0, 1}; read before
+// the loop over k, so that nobody waits for it after.
+template <int kInside>
+struct Factors {
+  float at[2][kInside == 0 ? 1 : kInside / 8][2];
+  __device__ void load(const Hidden& hidden, int row, int rows, int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int t = min(row + half * 8, rows - 1);
+      const float* gate = hidden.gate + static_cast<int64_t>(t / hidden.rows_per_gate) * hidden.experts;
+#pragma unroll
+      for (int n = 0; n < kInside / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int expert = (n * 8 + 2 * (lane % 4) + i) / hidden.rank;
+          at[half][n][i] = expert < hidden.experts ? gate[expert] * hidden.scale : 0.f;
+        }
+    }
+  }
+};
+
+// h of the same rows and columns, the end of `sum`: rounded, written where it is wanted, and as the operand gate scale
+// h put into the shared rows `to` (64 of 128 bytes, swizzled).
+template <class T, int kInside, int kCount>
+__device__ inline void hidden_rows(const Hidden& hidden, const Factors<kInside>& factors, const float (&sum)[kCount],
+                                   int row, int rows, int place, uint32_t to, int lane, bool write) {
+  constexpr int kOffset = kCount - kInside / 2;
+  const int stacked = hidden.experts * hidden.rank;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int t = row + half * 8, r = place + half * 8;
+#pragma unroll
+    for (int n = 0; n < kInside / 8; ++n) {
+      const int q = n * 8 + 2 * (lane % 4);
+      const uint32_t h = pack<T>(sum[kOffset + n * 4 + half * 2], sum[kOffset + n * 4 + half * 2 + 1]);
+      const float2 v = unpack<T>(h);
+      const uint32_t packed = pack<T>(v.x * factors.at[half][n][0], v.y * factors.at[half][n][1]);
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + r * 128 + ((n ^ r % 8) * 16) + lane % 4 * 4), "r"(packed)
+                   : "memory");
+      if (write && t < rows) {
+        T* out = static_cast<T*>(hidden.h) + static_cast<int64_t>(t) * stacked + q;
+        if (q < stacked) out[0] = narrow<T>(v.x);
+        if (q + 1 < stacked) out[1] = narrow<T>(v.y);
+      }
+    }
+  }
+}
+
+template <class T, int kN, bool kNMajor, int kCluster, int kInside>
+__global__ void __launch_bounds__(kFusedThreads, 1)
+    fused_product(const __grid_constant__ FusedMaps maps, const __grid_constant__ FusedShape<T> shape) {
+#if defined(FERA_SM90A)
+  using Size = FusedSize<kN, kNMajor, kInside>;
+  constexpr int kStages = Size::stages;
+  extern __shared__ unsigned char raw[];
+  const uint32_t base = (shared_address(raw) + 1023) / 1024 * 1024;
+  const uint32_t staging = base + kStages * Size::stage, full = staging + Size::staging, empty = full + kStages * 8;
+  const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int rank = kCluster == 1 ? 0 : cluster_rank();
+  const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      barrier_init(full + s * 8, 1);
+      barrier_init(empty + s * 8, 8 * kCluster);  // a warp of either warpgroup of each block
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_shared();
+  }
+  if constexpr (kCluster == 1)
+    __syncthreads();
+  else
+    cluster_meet();
+
+  if (group == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == 0) {
+      int stage = 0;
+      uint32_t parity = 1;  // a fresh barrier counts as having completed the phase before its first
+      for (int index = cluster; index < shape.tiles; index += clusters) {
+        const FusedTile tile = fused_tile<kN, kCluster>(shape, index, rank);
+        for (int member = tile.first; member < tile.last; ++member) {
+          const int product = shape.blocks[member];
+          const int blocks = product + (kInside ? 1 : (shape.rank_steps[member] + 3) / 4);
+          for (int i = 0; i < blocks; ++i) {
+            const bool lowrank = i >= product;
+            const int k = (lowrank ? i - product : i) * kFusedDepth;
+            const CUtensorMap& right = lowrank ? maps.v[member] : maps.w[member];
+            const uint32_t to = base + stage * Size::stage, barrier = full + stage * 8;
+            barrier_wait(empty + stage * 8, parity);
+            if constexpr (kInside == 0) {
+              barrier_expect(barrier, Size::stage);
+              load_box<1>(to, lowrank ? maps.u[member] : maps.x[member], k, tile.row, barrier);
+            } else {
+              barrier_expect(barrier, lowrank ? Size::w_bytes : Size::stage);
+              if (!lowrank) {
+                load_box<1>(to, maps.x[member], k, tile.row, barrier);
+                load_box<1>(to + Size::x_bytes + Size::w_bytes, maps.u[member], k, 0, barrier);
+              }
+            }
+            if constexpr (kNMajor) {
+#pragma unroll
+              for (int box = 0; box < Size::boxes; ++box)
+                if (box % kCluster == rank)
+                  load_box<kCluster>(to + Size::x_bytes + box * 8192, right, tile.column + box * 64, k, barrier);
+            } else {
+              constexpr int kShare = kN / kCluster;
+              load_box<kCluster>(to + Size::x_bytes + rank * kShare * 128, right, k, tile.column + rank * kShare,
+                                 barrier);
+            }
+            if (++stage == kStages) stage = 0, parity ^= 1;
+          }
+        }
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int half = group - 1;
+    int stage = 0;
+    uint32_t parity = 0;
+    const uint32_t mine = staging + half * (Size::staging / 2);
+    auto release = [&](int s) {
+      if (lane < kCluster) barrier_arrive(empty + s * 8, lane);
+    };
+    for (int index = cluster; index < shape.tiles; index += clusters) {
+      const FusedTile tile = fused_tile<kN, kCluster>(shape, index, rank);
+      constexpr int kWhole = kN + kInside;
+      float sum[kWhole / 2];  // h last
+      int before = -1;
+      // One block of the ring: `steps` steps of 16 along k, where 4 is a constant in the loop that matters.
+      auto multiply = [&](auto whole, int steps, bool add) {
+        barrier_wait(full + stage * 8, parity);
+        const uint32_t at = base + stage * Size::stage;
+        const uint64_t a = operand(at + half * 64 * 128, 16);
+        const uint64_t b = operand(at + Size::x_bytes, kNMajor ? 8192 : 16);
+        pin(sum);
+        products_begin();
+        if constexpr (decltype(whole)::value) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            WarpgroupProduct<T, kWhole, kNMajor>::run(sum, a + k * 2, b + k * (kNMajor ? 128 : 2), add || k > 0);
+        } else {
+#pragma unroll 1
+          for (int k = 0; k < steps; ++k) {
+            products_begin();
+            WarpgroupProduct<T, kN, kNMajor>::run(sum, a + k * 2, b + k * (kNMajor ? 128 : 2), 1);
+          }
+        }
+        products_commit();
+        pin(sum);
+        products_wait<1>();
+        if (before >= 0) release(before);
+        before = stage;
+        if (++stage == kStages) stage = 0, parity ^= 1;
+      };
+      const int place = warp * 16 + lane / 4;  // this thread's first row of its warpgroup's
+      for (int member = tile.first; member < tile.last; ++member) {
+        const int blocks = shape.blocks[member];
+        Factors<kInside> factors;
+        if constexpr (kInside > 0) factors.load(shape.hidden[member], tile.row + half * 64 + place, shape.rows, lane);
+        for (int i = 0; i < blocks; ++i) multiply(std::true_type{}, 4, i > 0 || member > tile.first);
+        if constexpr (kInside == 0) {
+          for (int steps = shape.rank_steps[member]; steps > 0; steps -= 4)
+            multiply(std::false_type{}, min(4, steps), true);
+        } else {
+          products_wait<0>();
+          pin(sum);
+          release(before);
+          before = -1;
+          barrier_wait(full + stage * 8, parity);  // V; x's place in this stage is free
+          hidden_rows<T, kInside>(shape.hidden[member], factors, sum, tile.row + half * 64 + place, shape.rows, place,
+                                  base + stage * Size::stage + half * 64 * 128, lane, tile.column == 0);
+          publish_shared();
+          warpgroup_meet(1 + half);
+          multiply(std::false_type{}, kInside / 16, true);
+        }
+      }
+      products_wait<0>();
+      pin(sum);
+      release(before);
+
+      const T* bias_of = shape.bias[tile.member];
+      const int row = tile.row + half * 64, column = tile.column, columns = shape.columns[tile.member];
+      // Pieces of 64 columns as two boxes of 32, so that every kN is whole boxes; two pieces take turns.
+#pragma unroll
+      for (int piece_at = 0; piece_at < kN; piece_at += 64) {
+        const uint32_t buffer = mine + piece_at / 64 % 2 * 8192;
+        if (warp == 0 && lane == 0) wait_stores<1>();
+        warpgroup_meet(1 + half);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {  // 16 columns
+          const int c = piece_at + j * 16;
+          if (c >= kN) continue;
+          uint32_t packed[4];
+#pragma unroll
+          for (int side = 0; side < 2; ++side) {
+            const int at = c / 2 + side * 4;
+            float2 bias = make_float2(0.f, 0.f);
+            const int where = column + c + side * 8 + 2 * (lane % 4);
+            if (bias_of != nullptr && where < columns)
+              bias = unpack<T>(*reinterpret_cast<const uint32_t*>(bias_of + where));
+            packed[side * 2] = pack<T>(sum[at] + bias.x, sum[at + 1] + bias.y);
+            packed[side * 2 + 1] = pack<T>(sum[at + 2] + bias.x, sum[at + 3] + bias.y);
+          }
+          store_tiles(buffer + j / 2 * 4096 + piece<4>(warp * 16 + lane % 16, j % 2 * 2 + lane / 16), packed[0],
+                      packed[1], packed[2], packed[3]);
+        }
+        publish_shared();
+        warpgroup_meet(1 + half);
+        if (warp == 0 && lane == 0) {
+#pragma unroll
+          for (int box = 0; box < 2; ++box)
+            if (piece_at + box * 32 < kN && column + piece_at + box * 32 < columns)
+              store_box(maps.y[tile.member], column + piece_at + box * 32, row, buffer + box * 4096);
+          commit_stores();
+        }
+      }
+    }
+    if (warp == 0 && lane == 0) wait_stores<0>();
+  }
+  // No block of the cluster leaves while another may still write into its stages or arrive at its barriers.
+  if constexpr (kCluster > 1) cluster_meet();
+#else
+  __trap();  // the host never launches it here
+#endif
+}
+
+}  // namespace fera::cuda

@@ -1,0 +1,134 @@
+// expert_group against its members one by one: the same y, h and gradients of A, B and gate; dx is their sum.
+#include <cstdlib>
+
+#include "tests/harness.h"
+
+using namespace test;
+
+namespace {
+
+struct Case {
+  fera_dtype dtype, weight_dtype;
+  int64_t tokens, in;
+  std::vector<int64_t> outs;
+  int experts, rank;
+  int64_t gates;
+  std::string what() const {
+    char text[160];
+    std::snprintf(text, sizeof text, "%s/%s T=%d in=%d members=%d E=%d r=%d G=%d", name_of(dtype),
+                  name_of(weight_dtype), static_cast<int>(tokens), static_cast<int>(in), static_cast<int>(outs.size()),
+                  experts, rank, static_cast<int>(gates));
+    return text;
+  }
+};
+
+Array random(fera_dtype t, int64_t count, double scale = 1) {
+  Values values = normal(count, scale);
+  return Array(FERA_CUDA, t, values);
+}
+
+// Everything of one member that a call reads or writes.
+struct Member {
+  Array weight, bias, a, b, dy, y, h, dx, da, db, dgate;
+  Member(const Case& c, int64_t out)
+      : weight(random(c.dtype, out * c.in, 1 / std::sqrt(static_cast<double>(c.in)))),
+        bias(random(c.dtype, out)),
+        a(random(c.weight_dtype, c.experts * c.rank * c.in, 1 / std::sqrt(static_cast<double>(c.in)))),
+        b(random(c.weight_dtype, out * c.experts * c.rank)),
+        dy(random(c.dtype, c.tokens * out)),
+        y(FERA_CUDA, c.dtype, c.tokens * out),
+        h(FERA_CUDA, c.dtype, c.tokens * c.experts * c.rank),
+        dx(FERA_CUDA, c.dtype, c.tokens * c.in),
+        da(FERA_CUDA, c.weight_dtype, c.experts * c.rank * c.in),
+        db(FERA_CUDA, c.weight_dtype, out * c.experts * c.rank),
+        dgate(FERA_CUDA, FERA_F32, c.gates * c.experts) {}
+};
+
+void check(const Case& c) {
+  const Array x = random(c.dtype, c.tokens * c.in), gate = random(FERA_F32, c.gates * c.experts);
+  const int members = static_cast<int>(c.outs.size());
+  std::vector<Member> alone, together;
+  fera_expert_group_args group{};
+  fera_expert_group_backward_args back{};
+  group.members = back.members = members;
+  Values sum(static_cast<size_t>(c.tokens * c.in), 0.0);
+  for (int i = 0; i < members; ++i) {
+    alone.emplace_back(c, c.outs[i]);
+    together.emplace_back(c, c.outs[i]);
+    const Member &m = alone[i], &n = together[i];
+    const fera_experts experts{c.tokens,   c.in,           c.outs[i],  c.experts,      c.rank,      c.tokens / c.gates,
+                               m.a.data(), c.weight_dtype, m.b.data(), c.weight_dtype, gate.data(), 0.6};
+    fera_expert_update_args f{};
+    f.experts = experts;
+    f.x = {x.data(), c.dtype, c.in};
+    f.weight = {m.weight.data(), c.dtype, c.in};
+    f.bias = i == 1 ? nullptr : m.bias.data();
+    f.y = {m.y.data(), c.dtype, c.outs[i]};
+    f.h = m.h.data();
+    group.member[i] = f;
+    group.member[i].y.data = n.y.data();
+    group.member[i].h = n.h.data();
+    fera_expert_update_backward_args g{};
+    g.experts = experts;
+    g.x = f.x;
+    g.weight = f.weight;
+    g.dy = {m.dy.data(), c.dtype, c.outs[i]};
+    g.h = m.h.data();
+    g.dx = {m.dx.data(), c.dtype, c.in};
+    g.da = m.da.data();
+    g.db = m.db.data();
+    g.dgate = m.dgate.data();
+    EXPECT_OK(FERA_RUN(expert_update, FERA_CUDA, f, Threads::none));
+    EXPECT_OK(FERA_RUN(expert_update_backward, FERA_CUDA, g, Threads::none));
+    const Values dx = m.dx.values();
+    for (size_t j = 0; j < sum.size(); ++j) sum[j] += dx[j];
+    back.member[i] = g;
+    back.member[i].dx.data = together[0].dx.data();
+    back.member[i].da = n.da.data();
+    back.member[i].db = n.db.data();
+    back.member[i].dgate = n.dgate.data();
+  }
+  // The vectors grew: pointers were taken from elements whose buffers moved along, not from the elements.
+  if (fera_expert_group_takes(&group, FERA_CUDA) != 1) fail("a group is not taken: %s", fera_last_error());
+  if (fera_expert_group_backward_takes(&back, FERA_CUDA) != 1) fail("backward is not taken: %s", fera_last_error());
+  EXPECT_OK(FERA_RUN(expert_group, FERA_CUDA, group, Threads::none));
+  EXPECT_OK(FERA_RUN(expert_group_backward, FERA_CUDA, back, Threads::none));
+  for (int i = 0; i < members; ++i) {
+    expect_same_bits(alone[i].y.buffer, together[i].y.buffer, "y " + c.what());
+    expect_same_bits(alone[i].h.buffer, together[i].h.buffer, "h " + c.what());
+    expect_same_bits(alone[i].da.buffer, together[i].da.buffer, "da " + c.what());
+    expect_same_bits(alone[i].db.buffer, together[i].db.buffer, "db " + c.what());
+    expect_same_bits(alone[i].dgate.buffer, together[i].dgate.buffer, "dgate " + c.what());
+  }
+  expect_close(together[0].dx.values(), sum, c.dtype == FERA_F16 ? 1e-3 : 6e-3, "dx " + c.what());
+}
+
+}  // namespace
+
+int main() {
+  setenv("FERA_EXPERT_VARIANT", "wgmma", 1);  // small sizes too, which the dispatcher leaves to other variants
+  for (const fera_device device : devices()) {
+    fera_expert_update_args f{};
+    f.experts = {128, 64, 64, 3, 4, 64, nullptr, FERA_F32, nullptr, FERA_F32, nullptr, 1.0};
+    f.x = f.y = f.base = f.weight = {nullptr, FERA_BF16, 64};
+    char somewhere alignas(16)[16];
+    f.weight.data = somewhere;  // only its alignment is read
+    if (device == FERA_CPU || std::strcmp(fera_expert_variant(&f, device), "wgmma") != 0) {
+      fera_expert_group_args group{};
+      group.members = 1;
+      group.member[0] = f;
+      if (fera_expert_group_takes(&group, device) != 0) fail("a group is taken on %s", name_of(device));
+      if (device == FERA_CPU && FERA_RUN(expert_group, device, group) != FERA_UNSUPPORTED)
+        fail("a group ran on the CPU");
+      done("expert_group is left to its members", device);
+      continue;
+    }
+    for (const Case& c : {Case{FERA_BF16, FERA_F32, 300, 320, {320, 320, 320}, 3, 4, 3},
+                          Case{FERA_F16, FERA_F16, 154, 72, {648, 40}, 2, 16, 2},
+                          Case{FERA_BF16, FERA_F32, 1040, 640, {200, 1032, 8, 320}, 3, 4, 1},
+                          Case{FERA_BF16, FERA_BF16, 96, 136, {64}, 3, 5, 1}})
+      check(c);
+    done("expert_group", device);
+  }
+  return finish();
+}
