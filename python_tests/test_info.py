@@ -116,10 +116,10 @@ def test_a_gpus_reasons(
 ) -> None:
     """The words, with the dispatcher's answers of a GPU that need not be here."""
 
-    def answer(n: int, p: int, h: int, w: int, dtype: int, bands: int, blurs: int, cuda: bool) -> str:
+    def answer(n: int, p: int, h: int, w: int, dtype: int, bands: int, reach: list[int], cuda: bool) -> str:
         if not cuda:
             return "generic"
-        cluster = capability >= (9, 0) and blurs == 0 and dtype != 3 and (h, w) in ((64, 64), (128, 128)) and p < 9
+        cluster = capability >= (9, 0) and not reach and dtype != 3 and (h, w) in ((64, 64), (128, 128)) and p < 9
         if wish not in ("", "auto", "cluster", "grid") or (wish == "cluster" and not cluster):
             return ""
         return "cluster" if cluster and wish != "grid" else "grid"

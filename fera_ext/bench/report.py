@@ -43,11 +43,16 @@ def _output(command: list[str], folder: Path | None = None) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, "-dirty" after it where files differ; else FERA_COMMIT, else None."""
+    """FERA_COMMIT; else the commit of the source tree, "-dirty" after it where files differ; else None.
+
+    The variable comes first: a tree that was copied to another machine may have a history there that is not its own.
+    """
+    if os.environ.get("FERA_COMMIT"):
+        return os.environ["FERA_COMMIT"]
     root = Path(__file__).parents[2]
     found = _output(["git", "rev-parse", "HEAD"], root) if (root / ".git").exists() else None
     if found is None:
-        return os.environ.get("FERA_COMMIT") or None
+        return None
     return found + ("-dirty" if _output(["git", "status", "--porcelain", "-uno"], root) else "")
 
 
