@@ -87,8 +87,8 @@ fera_status launch_adjoint(const char* op, const Source& source, const fera_filt
 fera_status launch_fecl(const char* op, const Source& source, const fera_filters& filters, const Finish<float>& finish,
                         float* loss, const View& gradient, double* factor, const fera_context* context, bool* done);
 
-// The variant that energies of such a latent take now: "cluster" or "grid"; "" where FERA_BAND_VARIANT asks for what
-// there is not.
+// The variant that energies of such a latent take now: "cluster", "strips" or "grid"; "" where FERA_BAND_VARIANT asks
+// for what there is not.
 const char* band_variant(const Source& source, const fera_filters& filters);
 
 }  // namespace fera::cuda

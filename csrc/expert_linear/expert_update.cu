@@ -176,9 +176,12 @@ Variant chosen(const Args& a) {
   return takes(Variant::mma, a) ? Variant::mma : Variant::library;
 }
 
+bool known() { return wished("auto") || wished("tiles") || wished("mma") || wished("wgmma"); }
+
 // A weight asks for the fused kernel and nothing else; without one a wish for it is a wish for its skinny products.
 template <class Args>
 Variant variant_of(const Args& a) {
+  if (!known()) return Variant::none;
   if (a.weight.data != nullptr)
     return (wished("auto") || wished("wgmma")) && *cuda::fused_refuses(a) == 0 ? Variant::wgmma : Variant::none;
   const bool skinny = *cuda::skinny_refuses(a) == 0;
@@ -189,8 +192,7 @@ Variant variant_of(const Args& a) {
 // A wish that cannot be granted is an error, never another kernel.
 template <class Args>
 fera_status check_wish(const char* op, const Args& a) {
-  const bool known = wished("auto") || wished("tiles") || wished("mma") || wished("wgmma");
-  FERA_CHECK(op, known, "FERA_EXPERT_VARIANT", "auto, tiles, mma, wgmma or library", wished());
+  FERA_CHECK(op, known(), "FERA_EXPERT_VARIANT", "auto, tiles, mma, wgmma or library", wished());
   if (variant_of(a) != Variant::none) return FERA_OK;
   if (a.weight.data != nullptr) {
     const char* why = cuda::fused_refuses(a);

@@ -197,6 +197,7 @@ const char* fused_refuses(const fera_expert_update_args& a) {
   const char* why = wide_ranks(a.experts) ? wide_refuses(a) : skinny_refuses(a);
   if (*why == 0) why = refuses(a.weight, a.experts.in);
   if (*why == 0 && repeats(a.x, a.experts.in)) why = "rows of x repeat";
+  if (*why == 0 && reinterpret_cast<uintptr_t>(a.bias) % 4 != 0) why = "the bias is not aligned to 4 bytes";
   return why;
 }
 const char* fused_refuses(const fera_expert_update_backward_args& a) {

@@ -151,6 +151,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     publish_shared();
   }
+  __syncwarp();  // what one lane did is behind its warp before the aligned barriers
   if constexpr (kCluster == 1)
     __syncthreads();
   else
@@ -269,7 +270,13 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
 #pragma unroll
       for (int piece_at = 0; piece_at < kN; piece_at += 64) {
         const uint32_t buffer = mine + piece_at / 64 % 2 * 8192;
-        if (warp == 0 && lane == 0) wait_stores<1>();
+        // The first piece of a tile may take the buffer of the last one's last store, where pieces are an odd number.
+        if (warp == 0 && lane == 0) {
+          if (piece_at == 0)
+            wait_stores<0>();
+          else
+            wait_stores<1>();
+        }
         warpgroup_meet(1 + half);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {  // 16 columns
@@ -303,6 +310,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     if (warp == 0 && lane == 0) wait_stores<0>();
   }
   // No block of the cluster leaves while another may still write into its stages or arrive at its barriers.
+  __syncwarp();
   if constexpr (kCluster > 1) cluster_meet();
 #else
   __trap();  // the host never launches it here

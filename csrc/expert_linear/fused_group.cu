@@ -6,23 +6,30 @@
 #include "expert_linear/expert_linear.h"
 #include "expert_linear/fused.h"
 #include "expert_linear/fused_pack.cuh"
-#include "expert_linear/skinny.h"
 #include "expert_linear/wide.h"
 
 namespace fera {
 namespace cuda {
 namespace {
 
-// A member's share of the workspace.
-size_t share(const fera_expert_group_args& g, int i) {
-  return align256(fused_workspace(g.member[i], fused_inside(g.member[0])));
+// Whether every member's h is made inside the product: one kernel makes them, of one padded rank.
+bool group_inside(const fera_expert_group_args& g) {
+  const auto small = [](const fera_experts& e) { return int64_t{e.experts} * e.rank <= 16; };
+  for (int i = 1; i < g.members; ++i)
+    if (small(g.member[i].experts) != small(g.member[0].experts)) return false;
+  return fused_inside(g.member[0]);
 }
+
+// A member's share of the workspace.
+size_t share(const fera_expert_group_args& g, int i) { return align256(fused_workspace(g.member[i], group_inside(g))); }
 size_t share(const fera_expert_group_backward_args& g, int i) { return align256(fused_workspace(g.member[i])); }
 
+// Of arguments that are not checked yet.
 template <class Group>
 size_t group_bytes(const Group& g) {
   size_t bytes = 0;
-  for (int i = 0; i < g.members; ++i) bytes += share(g, i);
+  for (int i = 0; i < g.members && i < FERA_MAX_GROUP; ++i)
+    if (g.member[i].experts.rows_per_gate >= 1) bytes += share(g, i);
   return bytes;
 }
 
@@ -39,8 +46,15 @@ fera_context member_context(const fera_context* whole, size_t at, size_t bytes) 
 
 namespace {
 
+const char* wished() {
+  const char* value = std::getenv("FERA_EXPERT_VARIANT");
+  return value == nullptr || *value == 0 ? "auto" : value;
+}
+
 template <class Group>
 fera_status check_group(const char* op, const Group& g) {
+  const bool heard = std::strcmp(wished(), "auto") == 0 || std::strcmp(wished(), "wgmma") == 0;
+  FERA_CHECK(op, heard, "FERA_EXPERT_VARIANT", "auto or wgmma for a group", wished());
   FERA_CHECK(op, g.members >= 1 && g.members <= FERA_MAX_GROUP, "members", "from 1 to 4", g.members);
   const fera_experts& first = g.member[0].experts;
   for (int i = 0; i < g.members; ++i) {
@@ -49,7 +63,7 @@ fera_status check_group(const char* op, const Group& g) {
     FERA_CHECK(op, e.tokens == first.tokens && e.in == first.in, "tokens and in", "those of the first member", e.in);
     FERA_CHECK(op, g.member[i].x.data == g.member[0].x.data && g.member[i].x.dtype == g.member[0].x.dtype, "x",
                "that of the first member", "another");
-    if (e.tokens == 0) continue;
+    FERA_CHECK(op, e.tokens >= 1, "tokens", "at least 1", e.tokens);
     const char* why = cuda::wide_ranks(e) ? "experts * rank is above 32" : cuda::fused_refuses(g.member[i]);
     FERA_CHECK(op, *why == 0, "members", std::string("separate where ") + why, g.members);
   }
@@ -58,23 +72,12 @@ fera_status check_group(const char* op, const Group& g) {
 
 }  // namespace
 
-namespace {
-
-bool wished() {
-  const char* value = std::getenv("FERA_EXPERT_VARIANT");
-  return value == nullptr || *value == 0 || std::strcmp(value, "auto") == 0 || std::strcmp(value, "wgmma") == 0;
-}
-
-}  // namespace
-
 size_t expert_group_workspace_cuda(const fera_expert_group_args& g) { return cuda::group_bytes(g); }
 size_t expert_group_backward_workspace_cuda(const fera_expert_group_backward_args& g) { return cuda::group_bytes(g); }
 // Whatever single members of that size take: one product for all saves more than it costs.
-bool expert_group_takes_cuda(const fera_expert_group_args& g) {
-  return wished() && check_group("expert_group", g) == FERA_OK;
-}
+bool expert_group_takes_cuda(const fera_expert_group_args& g) { return check_group("expert_group", g) == FERA_OK; }
 bool expert_group_takes_cuda(const fera_expert_group_backward_args& g) {
-  return wished() && check_group("expert_group_backward", g) == FERA_OK;
+  return check_group("expert_group_backward", g) == FERA_OK;
 }
 
 }  // namespace fera
@@ -84,12 +87,11 @@ extern "C" fera_status fera_expert_group_cuda(const fera_expert_group_args* g, c
   using namespace fera::cuda;
   const char* op = "expert_group";
   FERA_RETURN_IF_ERROR(check_group(op, *g));
-  if (g->member[0].experts.tokens == 0) return FERA_OK;
   FERA_RETURN_IF_ERROR(check_workspace(op, context, expert_group_workspace_cuda(*g)));
   const cudaStream_t stream = stream_of(context);
   Products products{g->members, false, {}};
   Packs packs{};
-  const bool inside = fused_inside(g->member[0]);
+  const bool inside = group_inside(*g);
   size_t at = 0;
   for (int i = 0; i < g->members; ++i) {
     const size_t bytes = share(*g, i);
@@ -109,7 +111,6 @@ extern "C" fera_status fera_expert_group_backward_cuda(const fera_expert_group_b
   FERA_RETURN_IF_ERROR(check_group(op, *g));
   for (int i = 1; i < g->members; ++i)
     FERA_CHECK(op, g->member[i].dx.data == g->member[0].dx.data, "dx", "that of the first member", "another");
-  if (g->member[0].experts.tokens == 0) return FERA_OK;
   FERA_RETURN_IF_ERROR(check_workspace(op, context, expert_group_backward_workspace_cuda(*g)));
   const cudaStream_t stream = stream_of(context);
   Products products{g->members, true, {}};

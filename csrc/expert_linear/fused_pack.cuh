@@ -5,7 +5,6 @@
 
 namespace fera::cuda {
 
-constexpr int kFusedMaxRank = 32;
 constexpr int kPackThreads = 256;
 
 // Element (i, j) of `from` at i * stride + j, (i_size, j_size); `out` (rows, columns) contiguous, zeros outside.

@@ -335,7 +335,8 @@ fera_status with_types(fera_dtype dtype, int rank, F f) {
 const char* skinny_refuses(const fera_expert_update_args& a) {
   const char* why = refuses(a.experts, a.x.dtype);
   if (*why != 0) return why;
-  if (!fits(a.x) || !fits(a.base) || !fits(a.y)) return "rows of x, base or y are not aligned to 16 bytes";
+  if (!fits(a.x) || (a.weight.data == nullptr && !fits(a.base)) || !fits(a.y))
+    return "rows of x, base or y are not aligned to 16 bytes";
   return "";
 }
 

@@ -24,7 +24,7 @@ struct AcrossArgs {
   Gates gates;
   const T* h;         // (T, R)
   Weights<T> b;       // first pass: (width, R)
-  float* hidden;      // first pass writes (or NULL), second reads: (blocks, T, kRank) partial sums of dh
+  float* hidden;      // first pass writes, second reads: (blocks, T, kRank) partial sums of dh
   int hidden_blocks;  // second pass
   T* gated;           // second pass, or NULL: gate scale dh, (T, kRank)
   float* gate_sums;  // second pass, or NULL: (tiles, 2, kRank) sums of h dh over the tile's first gate row and its next

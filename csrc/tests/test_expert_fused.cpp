@@ -218,6 +218,9 @@ int main() {
         check({FERA_BF16, FERA_F32, 300, 456, 520, 3, 4, 3, true});
         check({FERA_F16, FERA_F16, 280, 320, 264, 2, 15, 2, false, 8});
       }
+    // Many shallow tiles a block, each of three pieces that two staging buffers hold in turns.
+    setenv("FERA_EXPERT_TILE", "160", 1);
+    if (!brief()) check({FERA_BF16, FERA_F32, 9000, 16, 1920, 3, 4, 1, true});
     unsetenv("FERA_EXPERT_INSIDE");
     unsetenv("FERA_EXPERT_TILE");
     done("expert_update with a weight", device);

@@ -13,6 +13,8 @@ struct Case {
   std::vector<int64_t> outs;
   int experts, rank;
   int64_t gates;
+  int last_rank = 0;  // of the last member, where it is another
+  int rank_of(size_t member) const { return last_rank != 0 && member + 1 == outs.size() ? last_rank : rank; }
   std::string what() const {
     char text[160];
     std::snprintf(text, sizeof text, "%s/%s T=%d in=%d members=%d E=%d r=%d G=%d", name_of(dtype),
@@ -30,17 +32,17 @@ Array random(fera_dtype t, int64_t count, double scale = 1) {
 // Everything of one member that a call reads or writes.
 struct Member {
   Array weight, bias, a, b, dy, y, h, dx, da, db, dgate;
-  Member(const Case& c, int64_t out)
+  Member(const Case& c, int64_t out, int rank)
       : weight(random(c.dtype, out * c.in, 1 / std::sqrt(static_cast<double>(c.in)))),
         bias(random(c.dtype, out)),
-        a(random(c.weight_dtype, c.experts * c.rank * c.in, 1 / std::sqrt(static_cast<double>(c.in)))),
-        b(random(c.weight_dtype, out * c.experts * c.rank)),
+        a(random(c.weight_dtype, c.experts * rank * c.in, 1 / std::sqrt(static_cast<double>(c.in)))),
+        b(random(c.weight_dtype, out * c.experts * rank)),
         dy(random(c.dtype, c.tokens * out)),
         y(FERA_CUDA, c.dtype, c.tokens * out),
-        h(FERA_CUDA, c.dtype, c.tokens * c.experts * c.rank),
+        h(FERA_CUDA, c.dtype, c.tokens * c.experts * rank),
         dx(FERA_CUDA, c.dtype, c.tokens * c.in),
-        da(FERA_CUDA, c.weight_dtype, c.experts * c.rank * c.in),
-        db(FERA_CUDA, c.weight_dtype, out * c.experts * c.rank),
+        da(FERA_CUDA, c.weight_dtype, c.experts * rank * c.in),
+        db(FERA_CUDA, c.weight_dtype, out * c.experts * rank),
         dgate(FERA_CUDA, FERA_F32, c.gates * c.experts) {}
 };
 
@@ -53,11 +55,11 @@ void check(const Case& c) {
   group.members = back.members = members;
   Values sum(static_cast<size_t>(c.tokens * c.in), 0.0);
   for (int i = 0; i < members; ++i) {
-    alone.emplace_back(c, c.outs[i]);
-    together.emplace_back(c, c.outs[i]);
+    alone.emplace_back(c, c.outs[i], c.rank_of(i));
+    together.emplace_back(c, c.outs[i], c.rank_of(i));
     const Member &m = alone[i], &n = together[i];
-    const fera_experts experts{c.tokens,   c.in,           c.outs[i],  c.experts,      c.rank,      c.tokens / c.gates,
-                               m.a.data(), c.weight_dtype, m.b.data(), c.weight_dtype, gate.data(), 0.6};
+    const fera_experts experts{c.tokens,   c.in,           c.outs[i],  c.experts,      c.rank_of(i), c.tokens / c.gates,
+                               m.a.data(), c.weight_dtype, m.b.data(), c.weight_dtype, gate.data(),  0.6};
     fera_expert_update_args f{};
     f.experts = experts;
     f.x = {x.data(), c.dtype, c.in};
@@ -126,7 +128,9 @@ int main() {
     for (const Case& c : {Case{FERA_BF16, FERA_F32, 300, 320, {320, 320, 320}, 3, 4, 3},
                           Case{FERA_F16, FERA_F16, 154, 72, {648, 40}, 2, 16, 2},
                           Case{FERA_BF16, FERA_F32, 1040, 640, {200, 1032, 8, 320}, 3, 4, 1},
-                          Case{FERA_BF16, FERA_BF16, 96, 136, {64}, 3, 5, 1}})
+                          Case{FERA_BF16, FERA_BF16, 96, 136, {64}, 3, 5, 1},
+                          Case{FERA_BF16, FERA_F32, 300, 320, {320, 200}, 3, 4, 3, 8},
+                          Case{FERA_BF16, FERA_F32, 300, 320, {320, 200}, 3, 8, 3, 4}})
       check(c);
     done("expert_group", device);
   }

@@ -29,7 +29,8 @@ std::tuple<Tensor, Tensor> linear_forward(const char* op, const Tensor& x, const
   const Rows x_rows(op, "x", x, experts.view.in);
   // The answer is contiguous, whatever computes it.
   const fera_rows out_rows{nullptr, x_rows.view.dtype, experts.view.out};
-  fera_expert_update_args args{experts.view, x_rows.view, out_rows, out_rows, nullptr, {}, nullptr};
+  const void* bias_data = bias.has_value() ? bias->data_ptr() : nullptr;
+  fera_expert_update_args args{experts.view, x_rows.view, out_rows, out_rows, nullptr, {}, bias_data};
   const Way chosen = way(op, x, weight.stride(1) == 1 && (!bias.has_value() || bias->stride(0) == 1), [&](bool fused) {
     args.weight = fused ? weight_rows(weight) : fera_rows{};
     return fera_expert_variant(&args, FERA_CUDA);
@@ -38,7 +39,6 @@ std::tuple<Tensor, Tensor> linear_forward(const char* op, const Tensor& x, const
     const Tensor y = at::empty(with_last(x, weight.size(0)), x.options());
     const Tensor h = at::empty(with_last(x, experts.stacked()), x.options());
     args.weight = weight_rows(weight);
-    args.bias = bias.has_value() ? bias->data_ptr() : nullptr;
     args.y.data = y.data_ptr();
     args.h = h.data_ptr();
     FERA_CALL(x, expert_update, args);

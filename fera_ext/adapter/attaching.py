@@ -46,7 +46,9 @@ def attach(
         group_projections: run the projections of an attention that are given the same tensor (q, k and v of a
             self-attention, k and v of a cross-attention) as one operator, with one gradient to that tensor:
             the same results from fewer launches and passes over it. Compiled graphs, dropout on the experts' input
-            and base layers other than a plain linear take the separate form. Not saved with the adapter.
+            and base layers other than a plain linear take the separate form. A backward pass through one of the
+            projections frees what is kept for all of them: several passes want retain_graph. Not saved with the
+            adapter.
 
     Returns:
         The adapter, a handle on what was attached.
@@ -60,6 +62,8 @@ def attach(
     check_model(model)
     if not dtype.is_floating_point:
         raise ValueError(f"attach: dtype must be a floating dtype, got {dtype}")
+    if not isinstance(group_projections, bool):
+        raise ValueError(f"attach: group_projections must be a bool, got {group_projections!r}")
     return attach_layers(model, config, match(model, config.target_modules), dtype, latent, group_projections)
 
 

@@ -38,6 +38,7 @@ class Segment:
     def __call__(self, gate: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         state = self.state
         before = state.gate, state.enabled, state.plan
+        state.drop_kept()  # a recomputation begins with nothing kept, and so must its forward
         state.gate, state.enabled, state.plan = gate, self.enabled, self.plan
         try:
             result = self.function(*args, **kwargs)

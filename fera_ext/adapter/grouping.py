@@ -19,7 +19,8 @@ def share_inputs(model: nn.Module, layers: Mapping[str, FeraLinear], state: Gate
     """Links the adapted projections of every attention that are given the same tensor.
 
     Of an attention that says ``is_cross_attention`` these are keys and values; of every other one also the query. A
-    guess that is wrong costs one forward a little time, and nothing else (:mod:`fera_ext.nn.sharing`).
+    guess that is wrong costs one forward a little time and the memory of the outputs that nobody asks for
+    (:mod:`fera_ext.nn.sharing`); under a checkpoint around the whole denoiser, every forward.
 
     Args:
         model: the denoiser, its layers wrapped.

@@ -14,6 +14,7 @@ from fera_ext.adapter.guards import LayoutGuard, check_replica
 from fera_ext.architectures import Extract, LatentSize, check_latent
 from fera_ext.bands import Bands
 from fera_ext.nn import GateState, SoftFrequencyRouter
+from fera_ext.nn.sharing import saving_hooks
 from fera_ext.nn.state import Replay
 
 
@@ -49,7 +50,7 @@ class Routing:
         self._latent: Tensor | None = None
         self._handles = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
-            # Also when the forward raises, as a recomputation does once it has what it needs.
+            # Also when the forward raises an Exception, as a recomputation does once it has what it needs.
             model.register_forward_hook(self.after, always_call=True),
         ]
 
@@ -77,6 +78,10 @@ class Routing:
             # Inside a backward pass the whole denoiser is being recomputed: give back what was bound.
             if torch._C._current_graph_task_id() == -1:
                 state.reset()
+            if saving_hooks() is not None:
+                # A checkpoint around the denoiser and more: its recomputation may begin before any hook of ours could
+                # tell it which plan its forward had. Both take the first one.
+                state.plan = 0
             self._outer = state.gate
             checkpointing.bind(self.checkpointing, state)
         if not state.enabled:

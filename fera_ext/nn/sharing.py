@@ -2,11 +2,12 @@
 
 An attention calls ``to_q(x)``, ``to_k(x)`` and ``to_v(x)`` one after the other. The first of them computes all three
 (:func:`fera_ext.ops.expert_linear_group`) and leaves the others' outputs for the very next calls with the identical
-tensor. A call that does not fit takes the separate form, which gives the same numbers: another tensor, or the same one
-modified in place, another gate, another gradient, inference or autocast mode, another order.
+tensor. A call that does not fit takes the separate form, which gives the same numbers: another tensor; the same one,
+the gate or the layer's weights modified in place; another gate, another gradient, inference or autocast mode, another
+checkpointed segment, another order; and so does all under a functorch transform (vmap).
 
-Which projections share is a guess from their names. Where a call proves it wrong the group goes on without the
-projections that were given something else, from the denoiser's next forward on: within a forward, and in its
+Which projections share is a guess from their names. Where a call proves it wrong the group goes on with those that
+were used, or else without the first one, from the denoiser's next forward on: within a forward, and in its
 recomputations, the guess stays (:attr:`fera_ext.nn.GateState.plan`), because gradient checkpointing requires that a
 recomputation saves the same tensors as its forward did.
 """
@@ -26,11 +27,32 @@ if TYPE_CHECKING:
     from fera_ext.nn.state import GateState
 
 
-def _mode(x: Tensor) -> tuple[bool, bool, torch.dtype | None]:
-    """What decides, besides its arguments, on the result of a call."""
+def saving_hooks() -> Any:
+    """The innermost hooks on saved tensors, which tell one checkpointed segment from another; None without any."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+def _key(x: Tensor, gate: Tensor) -> tuple[Any, ...]:
+    """What decides, besides the identity of its arguments, on the result of a call and on what it saves."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, saving_hooks()
+    return (*modes, x.requires_grad, x._version, _version(gate))
+
+
+def _weights(layer: FeraLinear) -> tuple[int, ...]:
+    """Changes whenever the layer's weights do."""
+    bias = layer.bias
+    return (
+        _version(layer.weight),
+        _version(layer.lora_A),
+        _version(layer.lora_B),
+        -1 if bias is None else _version(bias),
+    )
 
 
 class Kept:
@@ -41,19 +63,24 @@ class Kept:
         outputs: (N, ..., out_i) of those that have not been called yet.
     """
 
-    __slots__ = ("_gate", "_mode", "_version", "_x", "members", "outputs")
+    __slots__ = ("_gate", "_key", "_weights", "_x", "members", "outputs")
 
     def __init__(
         self, members: tuple[FeraLinear, ...], x: Tensor, gate: Tensor, outputs: dict[FeraLinear, Tensor]
     ) -> None:
         self.members = members
         self.outputs = outputs
-        self._x, self._version, self._gate, self._mode = x, x._version, gate, _mode(x)
+        self._x, self._gate, self._key = x, gate, _key(x, gate)
+        self._weights = {layer: _weights(layer) for layer in outputs}
 
     def take(self, layer: FeraLinear, x: Tensor, gate: Tensor) -> Tensor | None:
         """The output of ``layer`` for exactly these arguments, once; None where it is not there."""
-        same = x is self._x and gate is self._gate and x._version == self._version and self._mode == _mode(x)
-        return self.outputs.pop(layer, None) if same else None
+        if x is not self._x or gate is not self._gate or layer not in self.outputs or x.is_inference():
+            return None
+        plain = _joins(layer, self.members[0].scale) and is_plain(layer.base)
+        if not plain or self._key != _key(x, gate) or self._weights[layer] != _weights(layer):
+            return None
+        return self.outputs.pop(layer)
 
 
 class SharedInput:
@@ -85,6 +112,8 @@ class SharedInput:
 
     def output(self, layer: FeraLinear, x: Tensor, gate: Tensor) -> Tensor | None:
         """What ``layer(x)`` gives, (N, ..., out), or None: then it computes by itself."""
+        if torch._C._functorch.maybe_current_level() is not None:
+            return None  # the group has no batching rule
         plan = self.state.plan
         since, members = self._plans[0]
         if since > plan:  # a forward, or its recomputation, that began before the newest plan
@@ -102,12 +131,15 @@ class SharedInput:
         if layer is not members[0] or x.is_inference():
             return None
         scale = layer.scale
+        cast = torch.is_autocast_enabled(x.device.type)
         weights, biases, lora_as, lora_bs = [], [], [], []
         for member in members:
             base: Any = member.base
             # A wrapper in the layer's place (FSDP's) may be what makes its parameters whole.
             own = self._attention._modules.get(self._names[member]) is member
             if not (own and _joins(member, scale) and is_plain(base)):
+                return None
+            if base.weight.device != x.device or (base.weight.dtype != x.dtype and not cast):
                 return None
             weights.append(base.weight)
             biases.append(base.bias)
