@@ -22,7 +22,7 @@ namespace fera::cuda {
 constexpr int kFusedRows = 128, kFusedDepth = 64, kFusedThreads = 384;
 constexpr int kFusedShared = 227 * 1024;  // a block's on sm_90
 
-constexpr int kMembers = 4;
+constexpr int kMembers = FERA_MAX_GROUP;
 
 struct FusedMaps {
   CUtensorMap x[kMembers], w[kMembers], u[kMembers], v[kMembers], y[kMembers];  // u: A if kInside

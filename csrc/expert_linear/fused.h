@@ -31,7 +31,7 @@ fera_status launch_product(const char* op, const Product& p, cudaStream_t stream
 struct Products {
   int members;
   bool summed;
-  Product member[4];
+  Product member[FERA_MAX_GROUP];
 };
 fera_status launch_products(const char* op, const Products& p, cudaStream_t stream);
 

@@ -17,7 +17,7 @@ struct Pack {
 };
 struct Packs {
   int pieces;
-  Pack piece[8];
+  Pack piece[2 * FERA_MAX_GROUP];  // of each member A and B
 };
 
 // grid (blocks of the largest piece, pieces)

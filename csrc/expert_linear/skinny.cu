@@ -1,9 +1,8 @@
 // Host side of skinny_*.cuh: what it takes, how it cuts the work, its launches.
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 
+#include "expert_linear/operands.h"
 #include "expert_linear/skinny.h"
 #include "expert_linear/skinny_across.cuh"
 #include "expert_linear/skinny_down.cuh"
@@ -15,22 +14,11 @@ namespace {
 constexpr int kMaxDevices = 64;
 constexpr int kMaxRank = 32;
 constexpr int64_t kLeastGateRows = 16;  // a tile of `across` crosses at most one border of gate rows
-// Tokens and columns are counted in 32 bits on the device.
-constexpr int64_t kMostTokens = int64_t{1} << 28, kMostColumns = int64_t{1} << 24;
 
 struct Machine {
   int multiprocessors = 0, shared = 0, capability = 0;  // shared: bytes a block may have; capability: 90 for 9.0
   bool overlap = false;                                 // a kernel may start before the one before it has ended
 };
-
-// FERA_EXPERT_OVERLAP=0 starts each kernel after the one before it, for comparison.
-bool overlap_wished() {
-  static const bool wished = [] {
-    const char* value = std::getenv("FERA_EXPERT_OVERLAP");
-    return value == nullptr || std::strcmp(value, "0") != 0;
-  }();
-  return wished;
-}
 
 // Whether the code that runs on the device has the instructions to wait for the kernel before: code for older ones,
 // compiled for the device by its driver, has not.
@@ -68,11 +56,7 @@ Machine machine() {
           (value & 256) != 0};
 }
 
-int64_t stacked_of(const fera_experts& e) { return int64_t{e.experts} * e.rank; }
 int padded(const fera_experts& e) { return stacked_of(e) <= 16 ? 16 : 32; }
-
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-bool fits(const fera_rows& r) { return aligned(r.data) && r.stride % 8 == 0; }
 
 const char* refuses(const fera_experts& e, fera_dtype dtype) {
   if (dtype != FERA_BF16 && dtype != FERA_F16) return "x is not of 16 bits";

@@ -76,19 +76,6 @@ struct Gates {
   __device__ float factor(int g, int expert) const { return gate[static_cast<int64_t>(g) * experts + expert] * scale; }
 };
 
-// Kernels of one call overlap where the device can: the next kernel may start once every block has let it, and
-// waits before it reads what this one wrote. A kernel that has ended has waited, so those before it have ended too.
-__device__ inline void let_next_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ inline void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 __device__ inline uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 }  // namespace fera::cuda

@@ -1,9 +1,8 @@
 // Host side of wide.cuh: what it takes, how it cuts the work, its launches.
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
 #include "expert_linear/fused_host.h"
+#include "expert_linear/operands.h"
 #include "expert_linear/wide.cuh"
 #include "expert_linear/wide.h"
 #include "expert_linear/wide_sums.cuh"
@@ -13,25 +12,11 @@ namespace {
 
 constexpr int64_t kLeastGateRows = 64;  // a step of cross
 constexpr int64_t kLargePartial = int64_t{64} << 20;
-// Tokens and columns are counted in 32 bits on the device.
-constexpr int64_t kMostTokens = int64_t{1} << 28, kMostColumns = int64_t{1} << 24;
 
-int64_t stacked_of(const fera_experts& e) { return int64_t{e.experts} * e.rank; }
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-bool fits(const fera_rows& r) { return aligned(r.data) && r.stride % 8 == 0; }
 // Whether pairs of tiles waste no more than an eleventh of the blocks.
 bool pairs_well(int64_t tiles) { return tiles % 2 == 0 || tiles > 10; }
 int64_t paired(int64_t tiles, int pair) { return ceil_div(tiles, int64_t{pair}) * pair; }
 int tiles_of(int64_t width) { return static_cast<int>(ceil_div(width, int64_t{kWideTile})); }
-
-// FERA_EXPERT_OVERLAP=0 starts each kernel after the one before it, for comparison.
-bool overlap_wished() {
-  static const bool wished = [] {
-    const char* value = std::getenv("FERA_EXPERT_OVERLAP");
-    return value == nullptr || std::strcmp(value, "0") != 0;
-  }();
-  return wished;
-}
 
 const char* refuses(const fera_experts& e, fera_dtype dtype, const void* h) {
   if (dtype != FERA_BF16 && dtype != FERA_F16) return "x is not of 16 bits";

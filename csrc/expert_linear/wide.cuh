@@ -246,8 +246,8 @@ __global__ void __launch_bounds__(kWideThreads, 2)
   }
   __syncthreads();
   if (!alone) cluster_meet_relaxed();
-  let_following_start();
-  wait_for_preceding();
+  let_next_start();
+  wait_for_previous();
   const int block = blockIdx.x;
   if (block < p.blocks) {
     project<T, kPair, kBackward>(maps, p, ring);

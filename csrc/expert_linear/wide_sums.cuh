@@ -14,18 +14,6 @@ struct WideGates {
   }
 };
 
-// A kernel may start once every block of the one before it has let it, and waits before it touches memory.
-__device__ inline void let_following_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ inline void wait_for_preceding() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // Numbers 8 i to 8 i + 7 of A, then of B, from float32 or T to T. Sizes are multiples of 8.
 struct WideCast {
   const void* from[2];
@@ -35,7 +23,7 @@ struct WideCast {
 };
 template <class T>
 __global__ void __launch_bounds__(256) wide_cast(const __grid_constant__ WideCast cast) {
-  let_following_start();
+  let_next_start();
   int64_t at = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   const int which = at >= cast.eights[0];
   if (which) at -= cast.eights[0];
@@ -83,8 +71,8 @@ constexpr int kReduceFours = 64, kReduceShares = 4;
 __global__ void __launch_bounds__(kReduceFours* kReduceShares) wide_reduce(const __grid_constant__ WideReduce r) {
   __shared__ float4 shares[kReduceShares][kReduceFours];
   __shared__ float scratch[32];
-  let_following_start();
-  wait_for_preceding();
+  let_next_start();
+  wait_for_previous();
   int block = blockIdx.x;
   if (block >= r.a.blocks + r.b.blocks) {
     block -= r.a.blocks + r.b.blocks;

@@ -154,6 +154,33 @@ inline double rounded(fera_dtype t, double value) {
 // Under compute-sanitizer (FERA_TEST_UNPOISONED, see run) the tests leave out what is large.
 inline bool brief() { return std::getenv("FERA_TEST_UNPOISONED") != nullptr; }
 
+// (count, width) with a gap after every row; values are what the device holds.
+struct Matrix {
+  fera_rows view{};
+  Buffer buffer;
+  int64_t count, width;
+  Matrix(fera_device device, fera_dtype t, int64_t rows, int64_t columns, int64_t gap) : count(rows), width(columns) {
+    view = {nullptr, t, columns + gap};
+    buffer = Buffer(device, bytes_of(t) * static_cast<size_t>(rows * view.stride));
+    view.data = buffer.data();
+  }
+  void set(Values& values) {
+    std::vector<char> bytes = buffer.download();
+    for (int64_t i = 0; i < count * width; ++i) {
+      put(bytes.data(), view.dtype, i / width * view.stride + i % width, values[i]);
+      values[i] = rounded(view.dtype, values[i]);
+    }
+    buffer.upload(bytes.data());
+  }
+  Values values() const {
+    const std::vector<char> bytes = buffer.download();
+    Values out(static_cast<size_t>(count * width));
+    for (int64_t i = 0; i < count * width; ++i)
+      out[i] = get(bytes.data(), view.dtype, i / width * view.stride + i % width);
+    return out;
+  }
+};
+
 // A contiguous array on a device.
 struct Array {
   Buffer buffer;

@@ -24,33 +24,6 @@ struct Case {
   }
 };
 
-// (count, width) with a gap after every row; values are what the device holds.
-struct Matrix {
-  fera_rows view{};
-  Buffer buffer;
-  int64_t count, width;
-  Matrix(fera_dtype t, int64_t rows, int64_t columns, int64_t gap) : count(rows), width(columns) {
-    view = {nullptr, t, columns + gap};
-    buffer = Buffer(FERA_CUDA, bytes_of(t) * static_cast<size_t>(rows * view.stride));
-    view.data = buffer.data();
-  }
-  void set(Values& values) {
-    std::vector<char> bytes = buffer.download();
-    for (int64_t i = 0; i < count * width; ++i) {
-      put(bytes.data(), view.dtype, i / width * view.stride + i % width, values[i]);
-      values[i] = rounded(view.dtype, values[i]);
-    }
-    buffer.upload(bytes.data());
-  }
-  Values values() const {
-    const std::vector<char> bytes = buffer.download();
-    Values out(static_cast<size_t>(count * width));
-    for (int64_t i = 0; i < count * width; ++i)
-      out[i] = get(bytes.data(), view.dtype, i / width * view.stride + i % width);
-    return out;
-  }
-};
-
 // The second run has the bits of the first; at wide ranks so has each gradient that is asked for alone.
 void alone(const Case& c, const fera_expert_update_backward_args& whole, const Matrix& dx, const Array& da,
            const Array& db, const Array& dgate) {
@@ -80,8 +53,9 @@ void check(const Case& c) {
   Values x = normal(c.tokens * c.in), w = normal(c.out * c.in, size), dy = normal(c.tokens * c.out),
          bias = normal(c.out), a = normal(stacked * c.in, size), b = normal(c.out * stacked),
          gate = normal(c.gates * c.experts);
-  Matrix xs(c.dtype, c.tokens, c.in, c.gap), ys(c.dtype, c.tokens, c.out, c.gap), dys(c.dtype, c.tokens, c.out, c.gap),
-      dxs(c.dtype, c.tokens, c.in, c.gap), ws(c.dtype, c.out, c.in, c.gap);
+  Matrix xs(FERA_CUDA, c.dtype, c.tokens, c.in, c.gap), ys(FERA_CUDA, c.dtype, c.tokens, c.out, c.gap),
+      dys(FERA_CUDA, c.dtype, c.tokens, c.out, c.gap), dxs(FERA_CUDA, c.dtype, c.tokens, c.in, c.gap),
+      ws(FERA_CUDA, c.dtype, c.out, c.in, c.gap);
   xs.set(x);
   dys.set(dy);
   ws.set(w);

@@ -21,31 +21,10 @@ struct Case {
   }
 };
 
-// (rows, width) with gaps between rows when padded.
-struct Rows {
-  fera_rows view{};
-  Buffer buffer;
-  int64_t count, width;
-  Rows(fera_device device, fera_dtype t, int64_t rows, int64_t columns, bool padded) : count(rows), width(columns) {
-    view = {nullptr, t, columns + (padded ? columns % 8 == 0 ? 8 : 5 : 0)};  // aligned rows stay aligned
-    buffer = Buffer(device, bytes_of(t) * static_cast<size_t>(rows * view.stride));
-    view.data = buffer.data();
-  }
-  void set(Values& values) {
-    std::vector<char> bytes = buffer.download();
-    for (int64_t i = 0; i < count * width; ++i) {
-      put(bytes.data(), view.dtype, i / width * view.stride + i % width, values[i]);
-      values[i] = rounded(view.dtype, values[i]);
-    }
-    buffer.upload(bytes.data());
-  }
-  Values values() const {
-    const std::vector<char> bytes = buffer.download();
-    Values out(static_cast<size_t>(count * width));
-    for (int64_t i = 0; i < count * width; ++i)
-      out[i] = get(bytes.data(), view.dtype, i / width * view.stride + i % width);
-    return out;
-  }
+// (rows, width) with gaps between rows when padded; aligned rows stay aligned.
+struct Rows : Matrix {
+  Rows(fera_device device, fera_dtype t, int64_t rows, int64_t columns, bool padded)
+      : Matrix(device, t, rows, columns, padded ? columns % 8 == 0 ? 8 : 5 : 0) {}
 };
 
 struct Inputs {
