@@ -50,11 +50,13 @@ def _fecl(**changes) -> torch.Tensor:
     return ops.fecl_loss(**{"base": z, "fera": z, "target": z, "bands": DOG, **changes})
 
 
-def _fecl_without_gradient() -> torch.Tensor:
-    z = torch.randn(2, 4, 8, 8)
-    f = DOG.filters(8, 8, z.device, z.dtype)
-    fera = z.clone().requires_grad_()
-    return torch.ops.fera_ext.fecl_loss(z, fera, z, f.table, f.right, f.mix, list(f.reach), 1e-8, False)[0]
+def _fecl_operator(asks: int, gradient: bool) -> torch.Tensor:
+    """The operator itself, below the documented function's checks; ``asks``: which of its latents asks too."""
+    z = [torch.randn(2, 4, 8, 8) for _ in range(3)]
+    f = DOG.filters(8, 8, z[0].device, z[0].dtype)
+    for i in (1, asks):
+        z[i].requires_grad_()
+    return torch.ops.fera_ext.fecl_loss(*z, f.table, f.right, f.mix, list(f.reach), 1e-8, gradient)[0]
 
 
 CASES: list[tuple[str, Callable[[], object]]] = [
@@ -185,7 +187,15 @@ CASES: list[tuple[str, Callable[[], object]]] = [
     ),
     (
         "fecl_loss: gradient must be True to differentiate, got False",
-        lambda: _fecl_without_gradient().backward(),
+        lambda: _fecl_operator(asks=1, gradient=False).backward(),
+    ),
+    (
+        "fecl_loss: base and target must be without gradient, got requires_grad=True",
+        lambda: _fecl_operator(asks=0, gradient=True).backward(),
+    ),
+    (
+        "fecl_loss: base and target must be without gradient, got requires_grad=True",
+        lambda: _fecl_operator(asks=2, gradient=True).backward(),
     ),
     (
         "fecl_loss_backward: factor must be (2) float64, got [3]",

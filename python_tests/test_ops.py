@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from dataclasses import replace
 
 import pytest
 import tolerances
@@ -11,7 +12,7 @@ import torch
 from helpers_ops import LINEARS, Captured, assert_matches_float64
 from samples import LINEAR_LEAVES, MASTERS, Sample, samples
 from torch.library import opcheck
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fera_ext import ops, reference
 from fera_ext.bands import Bands
@@ -70,6 +71,13 @@ class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _asking(func: torch._ops.OpOverload, args: tuple, given: Sample) -> tuple:
+    """The operator's arguments with its leaves asking for gradients."""
+    leaves = {n.rstrip("0123456789") if given.op == "expert_linear_group" else n for n in given.leaves}
+    positions = [i for i, a in enumerate(func._schema.arguments) if a.name in leaves]
+    return tuple(tree_map(lambda t: t.clone().requires_grad_(), a) if i in positions else a for i, a in enumerate(args))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sample", samples(small=True), ids=str)
 def test_opcheck(sample: Sample, dtype: torch.dtype, device: torch.device) -> None:
@@ -81,11 +89,7 @@ def test_opcheck(sample: Sample, dtype: torch.dtype, device: torch.device) -> No
     for func, args in recorder.calls:
         backward = func.__name__.split(".")[0].endswith("_backward")
         if not backward:
-            leaves = {n.rstrip("0123456789") if sample.op == "expert_linear_group" else n for n in given.leaves}
-            positions = [i for i, a in enumerate(func._schema.arguments) if a.name in leaves]
-            args = tuple(
-                tree_map(lambda t: t.clone().requires_grad_(), a) if i in positions else a for i, a in enumerate(args)
-            )
+            args = _asking(func, args, given)
         utils = (
             ("test_schema", "test_faketensor")
             if backward
@@ -94,6 +98,33 @@ def test_opcheck(sample: Sample, dtype: torch.dtype, device: torch.device) -> No
         # Older torch has no tolerances here; its own are float32's, too tight for bfloat16.
         limits = {"rtol": 1e-3, "atol": 1e-3} if "rtol" in inspect.signature(opcheck).parameters else {}
         opcheck(func, args, test_utils=utils, **limits)
+
+
+@pytest.mark.parametrize("sample", samples(small=True), ids=str)
+def test_one_differentiable_answer(sample: Sample, device: torch.device) -> None:
+    """What an operator returns for backward takes part in no graph."""
+    given = sample.cast(torch.float32, device)
+    with _Recorder() as recorder:
+        given.run(ops)
+    func, args = recorder.calls[0]
+    answer, *rest = out if isinstance(out := func(*_asking(func, args, given)), tuple) else (out,)
+    assert all(t.requires_grad for t in tree_leaves(answer))
+    assert not any(t.requires_grad for t in tree_leaves(rest))
+
+
+@pytest.mark.parametrize("sample", samples(small=True), ids=str)
+def test_compiled_autograd(sample: Sample, device: torch.device) -> None:
+    """The graph's backward, recorded in eager mode, can be traced."""
+    given = sample.cast(torch.float32, device)
+    _, expected = given.gradients(ops)
+    out = given.run(ops)
+    upstream = given.upstream(out)
+    torch._dynamo.reset()
+    compiler = torch.compile(backend="eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        out.backward(upstream)
+    for name, grad in zip(given.leaves, expected):
+        assert tolerances.error(given.arguments[name].grad, grad) <= 1e-6
 
 
 @pytest.mark.parametrize("sample", [s for s in ALL if "rings" not in s.note and "5d" not in s.note], ids=str)
@@ -151,6 +182,17 @@ def test_only_what_asks(sample: Sample, device: torch.device) -> None:
         upstream = alone.upstream(out)
         (grad,) = torch.autograd.grad(out, [alone.arguments[name]], upstream)
         assert tolerances.error(grad, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("asks", [("weight",), ("bias",), ("x", "weight", "bias")], ids=str)
+def test_unfrozen_base(asks: tuple[str, ...], device: torch.device) -> None:
+    """A trainer that unfreezes the linear gets its gradients, with and without the others'."""
+    sample = next(s for s in ALL if s.op == "expert_linear")
+    given = replace(sample, leaves=asks).cast(torch.float32, device)
+    out, grads = given.gradients(ops)
+    _, expected = given.cast(torch.float64, device).gradients(reference, given.upstream(out))
+    for name, grad, exact in zip(asks, grads, expected):
+        assert tolerances.error(grad, exact) <= tolerances.linear_limit(torch.float32), name
 
 
 @pytest.mark.parametrize("sample", ALL, ids=str)
@@ -271,6 +313,18 @@ def test_under_checkpoint(sample: Sample, reentrant: bool, device: torch.device)
     out.backward(given.upstream(out))
     for leaf, grad in zip(leaves, expected):
         assert tolerances.error(leaf.grad, grad) <= 1e-6
+
+
+@pytest.mark.parametrize("sample", samples(small=True), ids=str)
+def test_saved_is_read_once(sample: Sample, device: torch.device) -> None:
+    """Under checkpointing each reading asks for the recomputation."""
+    given = sample.cast(torch.float32, device)
+    kept, read = [], []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (kept.append(t), len(kept) - 1)[1], lambda i: (read.append(i), kept[i])[1]
+    ):
+        given.gradients(ops)
+    assert sorted(read) == list(range(len(kept)))
 
 
 @pytest.mark.parametrize("sample", samples(small=True), ids=str)

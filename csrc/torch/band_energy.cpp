@@ -1,4 +1,4 @@
-#include "call.h"
+#include "autograd.h"
 
 namespace fera::torch_binding {
 namespace {
@@ -70,10 +70,75 @@ std::tuple<Tensor, Tensor> frequency_energy(const Tensor& z, const Tensor& table
   return run("frequency_energy", z, table, right, mix, reach, eps, true);
 }
 
+}  // namespace
+
 Tensor frequency_energy_backward(const Tensor& grad, const Tensor& indicator, const Tensor& total, const Tensor& z,
                                  const Tensor& table, const OptionalTensor& right, const OptionalTensor& mix,
                                  at::IntArrayRef reach, double eps) {
   return run_backward("frequency_energy_backward", grad, indicator, total, z, table, right, mix, reach, eps);
+}
+
+namespace {
+
+class BandEnergy : public Formula<BandEnergy> {
+ public:
+  static Tensor forward(Context* ctx, const Tensor& z, const FilterArguments& f) {
+    const Tensor energy =
+        call_below_autograd<band_energy>("fera_ext::band_energy", z, f.table, f.right, f.mix, f.reach);
+    ctx->set_materialize_grads(false);
+    Variables saved{z};
+    f.save(ctx, &saved);
+    ctx->save_for_backward(std::move(saved));
+    return energy;
+  }
+
+  static Variables backward(Context* ctx, const Variables& upstream) {
+    Variables grads(2);
+    if (!upstream[0].defined() || !ctx->needs_input_grad(0)) return grads;
+    const Variables saved = ctx->get_saved_variables();
+    grads[0] = call_operator<band_energy_backward>("fera_ext::band_energy_backward", upstream[0], saved[0], saved[1],
+                                                   optional(saved[2]), optional(saved[3]),
+                                                   ctx->saved_data["reach"].toIntVector());
+    return grads;
+  }
+};
+
+Tensor band_energy_autograd(const Tensor& z, const Tensor& table, const OptionalTensor& right,
+                            const OptionalTensor& mix, at::IntArrayRef reach) {
+  if (!recorded(z)) return call_below_autograd<band_energy>("fera_ext::band_energy", z, table, right, mix, reach);
+  return BandEnergy::apply(z, FilterArguments{table, right, mix, reach});
+}
+
+class FrequencyEnergy : public Formula<FrequencyEnergy> {
+ public:
+  static Tensor forward(Context* ctx, const Tensor& z, const FilterArguments& f, double eps, Tensor* total) {
+    Tensor indicator;
+    std::tie(indicator, *total) =
+        call_below_autograd<frequency_energy>("fera_ext::frequency_energy", z, f.table, f.right, f.mix, f.reach, eps);
+    ctx->set_materialize_grads(false);
+    Variables saved{indicator, *total, z};
+    f.save(ctx, &saved);
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["eps"] = eps;
+    return indicator;
+  }
+
+  static Variables backward(Context* ctx, const Variables& upstream) {
+    Variables grads(4);
+    if (!upstream[0].defined() || !ctx->needs_input_grad(0)) return grads;
+    const Variables saved = ctx->get_saved_variables();
+    grads[0] = indicator_gradient(ctx, upstream[0], saved[0], saved[1], at::TensorList(saved).slice(2));
+    return grads;
+  }
+};
+
+std::tuple<Tensor, Tensor> frequency_energy_autograd(const Tensor& z, const Tensor& table, const OptionalTensor& right,
+                                                     const OptionalTensor& mix, at::IntArrayRef reach, double eps) {
+  if (!recorded(z))
+    return call_below_autograd<frequency_energy>("fera_ext::frequency_energy", z, table, right, mix, reach, eps);
+  Tensor total;
+  const Tensor indicator = FrequencyEnergy::apply(z, FilterArguments{table, right, mix, reach}, eps, &total);
+  return {indicator, total};
 }
 
 void register_kernels(torch::Library& m) {
@@ -97,6 +162,10 @@ TORCH_LIBRARY_FRAGMENT(fera_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(fera_ext, CPU, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(fera_ext, Autograd, m) {
+  m.impl("band_energy", band_energy_autograd);
+  m.impl("frequency_energy", frequency_energy_autograd);
+}
 #if defined(FERA_TORCH_CUDA)
 TORCH_LIBRARY_IMPL(fera_ext, CUDA, m) { register_kernels(m); }
 #endif

@@ -1,6 +1,4 @@
 // Linears that are given the same x (q, k and v of a self-attention): every y, and in backward one dx.
-#include <torch/csrc/autograd/custom_function.h>
-
 #include <algorithm>
 
 #include "experts.h"
@@ -189,40 +187,27 @@ Backward expert_linear_group_backward(TensorList dys, const Tensor& given, Tenso
   return {grads[0].dx, grads[0].dgate.to(gate.scalar_type()), das, dbs};
 }
 
-// Calls the operator `name`, typed like `Kernel`.
-template <class Kernel, class... Args>
-auto call_operator(const char* name, Kernel*, Args&&... args) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Kernel>();
-  return op.call(std::forward<Args>(args)...);
-}
-
-// Autograd in C++: torch.library's formulas flatten and rebuild lists in Python, which costs more than three calls of
-// expert_linear. Kept for backward: x once, every h, and the weights.
-class Group : public torch::autograd::Function<Group> {
+// Kept for backward: x once, every h, and the weights.
+class Group : public Formula<Group> {
  public:
-  using Context = torch::autograd::AutogradContext;
-  using Variables = torch::autograd::variable_list;
-
   // flat: x, gate, every lora_a, every lora_b, every weight, and the biases that are given.
   static Variables forward(Context* ctx, TensorList flat, int64_t members, const std::vector<bool>& biased,
-                           double scale) {
-    const at::AutoDispatchBelowADInplaceOrView below;
+                           double scale, Variables* hs) {
     auto list = [&](int64_t k) { return flat.slice(2 + k * members, members); };
     Biases biases;
     size_t next = 2 + 3 * members;
     for (const bool given : biased) biases.push_back(given ? OptionalTensor(flat[next++]) : OptionalTensor());
-    auto [ys, hs] = call_operator("fera_ext::expert_linear_group", expert_linear_group, flat[0], list(2), biases,
-                                  list(0), list(1), flat[1], scale);
+    Variables ys;
+    std::tie(ys, *hs) = call_below_autograd<expert_linear_group>("fera_ext::expert_linear_group", flat[0], list(2),
+                                                                 biases, list(0), list(1), flat[1], scale);
     ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable(hs);
     Variables saved(flat.begin(), flat.begin() + 2 + 3 * members);
-    saved.insert(saved.end(), hs.begin(), hs.end());
-    ctx->save_for_backward(saved);
+    saved.insert(saved.end(), hs->begin(), hs->end());
+    ctx->save_for_backward(std::move(saved));
     ctx->saved_data["members"] = members;
     ctx->saved_data["biased"] = c10::List<bool>();
     for (const bool given : biased) ctx->saved_data["biased"].toBoolList().push_back(given);
     ctx->saved_data["scale"] = scale;
-    ys.insert(ys.end(), hs.begin(), hs.end());
     return ys;
   }
 
@@ -230,7 +215,7 @@ class Group : public torch::autograd::Function<Group> {
     const int64_t members = ctx->saved_data["members"].toInt();
     const c10::List<bool> biased = ctx->saved_data["biased"].toBoolList();
     const int64_t inputs = 2 + 3 * members + std::count(biased.begin(), biased.end(), true);
-    Variables grads(inputs + 3);
+    Variables grads(inputs + 4);
     std::vector<int64_t> used;  // members whose y has a gradient: the others cost nothing
     for (int64_t i = 0; i < members; ++i)
       if (upstream[i].defined()) used.push_back(i);
@@ -248,9 +233,9 @@ class Group : public torch::autograd::Function<Group> {
     for (const int64_t k : {0, 1})
       for (const int64_t i : used) wanted.push_back(ctx->needs_input_grad(2 + k * members + i));
     if (std::count(wanted.begin(), wanted.end(), true) > 0) {
-      const auto [dx, dgate, das, dbs] =
-          call_operator("fera_ext::expert_linear_group_backward", expert_linear_group_backward, dys, saved[0], pick(3),
-                        pick(2), pick(0), pick(1), saved[1], ctx->saved_data["scale"].toDouble(), wanted);
+      const auto [dx, dgate, das, dbs] = call_operator<expert_linear_group_backward>(
+          "fera_ext::expert_linear_group_backward", dys, saved[0], pick(3), pick(2), pick(0), pick(1), saved[1],
+          ctx->saved_data["scale"].toDouble(), wanted);
       if (wanted[0]) grads[0] = dx;
       if (wanted[1]) grads[1] = dgate;
       for (size_t j = 0; j < used.size(); ++j) {
@@ -258,16 +243,14 @@ class Group : public torch::autograd::Function<Group> {
         if (wanted[2 + used.size() + j]) grads[2 + members + used[j]] = dbs[j];
       }
     }
-    // The base is frozen in FeRA; a trainer that unfreezes it still gets its gradients.
     int64_t bias = 2 + 3 * members;
     for (int64_t i = 0; i < members; ++i) {
       const int64_t weight = 2 + 2 * members + i;
-      const bool defined = upstream[i].defined();
-      if (defined && ctx->needs_input_grad(weight))
-        grads[weight] = at::matmul(upstream[i].flatten(0, -2).t(), saved[0].flatten(0, -2));
-      if (!biased[i]) continue;
-      if (defined && ctx->needs_input_grad(bias)) grads[bias] = upstream[i].flatten(0, -2).sum(0);
-      ++bias;
+      Tensor dbias;
+      if (upstream[i].defined())
+        std::tie(grads[weight], dbias) = base_gradients(upstream[i], saved[0], ctx->needs_input_grad(weight),
+                                                        biased[i] && ctx->needs_input_grad(bias));
+      if (biased[i]) grads[bias++] = dbias;
     }
     return grads;
   }
@@ -284,15 +267,11 @@ Forward expert_linear_group_autograd(const Tensor& x, TensorList weights, const 
     if (biased.back()) flat.push_back(*bias);
   }
   const bool even = lora_a.size() == members && lora_b.size() == members && biased.size() == members;
-  if (!even || !at::GradMode::is_enabled() ||
-      std::none_of(flat.begin(), flat.end(), [](const Tensor& t) { return t.requires_grad(); })) {
-    const at::AutoDispatchBelowADInplaceOrView below;  // lists of unlike lengths are refused there
-    return call_operator("fera_ext::expert_linear_group", expert_linear_group, x, weights, biases, lora_a, lora_b, gate,
-                         scale);
-  }
-  std::vector<Tensor> ys = Group::apply(TensorList(flat), static_cast<int64_t>(members), biased, scale);
-  const std::vector<Tensor> hs(ys.begin() + static_cast<int64_t>(members), ys.end());
-  ys.resize(members);
+  if (!even || !recorded(TensorList(flat)))  // lists of unlike lengths are refused there
+    return call_below_autograd<expert_linear_group>("fera_ext::expert_linear_group", x, weights, biases, lora_a, lora_b,
+                                                    gate, scale);
+  Variables hs;
+  const Variables ys = Group::apply(TensorList(flat), static_cast<int64_t>(members), biased, scale, &hs);
   return {ys, hs};
 }
 
@@ -304,8 +283,9 @@ Forward expert_linear_group_autocast(const Tensor& x, TensorList weights, const 
   const at::ScalarType type = at::autocast::get_autocast_dtype(Device);
   Biases cast;
   for (const OptionalTensor& bias : biases) cast.push_back(at::autocast::cached_cast(type, bias, Device));
-  return call_operator("fera_ext::expert_linear_group", expert_linear_group, at::autocast::cached_cast(type, x, Device),
-                       at::autocast::cached_cast(type, weights, Device), cast, lora_a, lora_b, gate, scale);
+  return call_operator<expert_linear_group>("fera_ext::expert_linear_group", at::autocast::cached_cast(type, x, Device),
+                                            at::autocast::cached_cast(type, weights, Device), cast, lora_a, lora_b,
+                                            gate, scale);
 }
 
 void register_kernels(torch::Library& m) {

@@ -164,6 +164,98 @@ void register_kernels(torch::Library& m) {
   m.impl("expert_linear_backward", expert_linear_backward);
 }
 
+// What expert_linear and expert_update share of their formulas: x, lora_a, lora_b and gate are the first variables.
+// saved: x, h, lora_a, lora_b, gate. Their gradients; undefined where not wanted.
+Variables expert_gradients(Context* ctx, const Tensor& dy, const Variables& saved, const OptionalTensor& weight,
+                           std::array<bool, 4> wanted) {
+  auto [dx, da, db, dgate] =
+      call_operator<expert_linear_backward>("fera_ext::expert_linear_backward", dy, saved[0], saved[1], weight,
+                                            saved[2], saved[3], saved[4], ctx->saved_data["scale"].toDouble(), wanted);
+  Variables grads{dx, da, db, dgate};
+  for (size_t i = 0; i < wanted.size(); ++i)
+    if (!wanted[i]) grads[i].reset();
+  return grads;
+}
+
+std::array<bool, 4> wanted_gradients(Context* ctx) {
+  return {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2), ctx->needs_input_grad(3)};
+}
+
+bool any(const std::array<bool, 4>& flags) { return flags[0] || flags[1] || flags[2] || flags[3]; }
+
+class ExpertLinear : public Formula<ExpertLinear> {
+ public:
+  static Tensor forward(Context* ctx, const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate,
+                        const Tensor& weight, const OptionalTensor& bias, double scale, Tensor* h) {
+    Tensor y;
+    std::tie(y, *h) =
+        call_below_autograd<expert_linear>("fera_ext::expert_linear", x, weight, bias, lora_a, lora_b, gate, scale);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({x, *h, lora_a, lora_b, gate, weight});
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["biased"] = bias.has_value() && bias->defined();  // an absent one is no variable
+    return y;
+  }
+
+  static Variables backward(Context* ctx, const Variables& upstream) {
+    Variables grads(8);
+    const Tensor& dy = upstream[0];
+    if (!dy.defined()) return grads;
+    // Read once: under checkpointing each read asks for the recomputation.
+    const Variables saved = ctx->get_saved_variables();
+    const std::array<bool, 4> wanted = wanted_gradients(ctx);
+    if (any(wanted)) grads = expert_gradients(ctx, dy, saved, saved[5], wanted);
+    grads.resize(8);
+    std::tie(grads[4], grads[5]) = base_gradients(dy, saved[0], ctx->needs_input_grad(4),
+                                                  ctx->saved_data["biased"].toBool() && ctx->needs_input_grad(5));
+    return grads;
+  }
+};
+
+std::tuple<Tensor, Tensor> expert_linear_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                  const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate,
+                                                  double scale) {
+  if (!recorded(x, weight, bias, lora_a, lora_b, gate))
+    return call_below_autograd<expert_linear>("fera_ext::expert_linear", x, weight, bias, lora_a, lora_b, gate, scale);
+  Tensor h;
+  const Tensor y = ExpertLinear::apply(x, lora_a, lora_b, gate, weight, bias, scale, &h);
+  return {y, h};
+}
+
+class ExpertUpdate : public Formula<ExpertUpdate> {
+ public:
+  static Tensor forward(Context* ctx, const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate,
+                        const Tensor& base_out, double scale, Tensor* h) {
+    Tensor y;
+    std::tie(y, *h) =
+        call_below_autograd<expert_update>("fera_ext::expert_update", base_out, x, lora_a, lora_b, gate, scale);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({x, *h, lora_a, lora_b, gate});
+    ctx->saved_data["scale"] = scale;
+    return y;
+  }
+
+  static Variables backward(Context* ctx, const Variables& upstream) {
+    Variables grads(7);
+    const Tensor& dy = upstream[0];
+    if (!dy.defined()) return grads;
+    const std::array<bool, 4> wanted = wanted_gradients(ctx);
+    if (any(wanted)) grads = expert_gradients(ctx, dy, ctx->get_saved_variables(), {}, wanted);
+    grads.resize(7);
+    if (ctx->needs_input_grad(4)) grads[4] = dy;
+    return grads;
+  }
+};
+
+std::tuple<Tensor, Tensor> expert_update_autograd(const Tensor& base_out, const Tensor& x, const Tensor& lora_a,
+                                                  const Tensor& lora_b, const Tensor& gate, double scale) {
+  if (!recorded(base_out, x, lora_a, lora_b, gate))
+    return call_below_autograd<expert_update>("fera_ext::expert_update", base_out, x, lora_a, lora_b, gate, scale);
+  Tensor h;
+  const Tensor y = ExpertUpdate::apply(x, lora_a, lora_b, gate, base_out, scale, &h);
+  return {y, h};
+}
+
 // Autocast: the base product's operands go to the autocast dtype; A and B are rounded by the kernels, the gate
 // stays float32.
 template <c10::DeviceType Device, c10::DispatchKey Key>
@@ -172,20 +264,18 @@ std::tuple<Tensor, Tensor> expert_linear_autocast(const Tensor& x, const Tensor&
                                                   double scale) {
   const c10::impl::ExcludeDispatchKeyGuard guard(Key);
   const at::ScalarType type = at::autocast::get_autocast_dtype(Device);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fera_ext::expert_linear", "").typed<decltype(expert_linear)>();
-  return op.call(at::autocast::cached_cast(type, x, Device), at::autocast::cached_cast(type, weight, Device),
-                 at::autocast::cached_cast(type, bias, Device), lora_a, lora_b, gate, scale);
+  return call_operator<expert_linear>("fera_ext::expert_linear", at::autocast::cached_cast(type, x, Device),
+                                      at::autocast::cached_cast(type, weight, Device),
+                                      at::autocast::cached_cast(type, bias, Device), lora_a, lora_b, gate, scale);
 }
 
 template <c10::DeviceType Device, c10::DispatchKey Key>
 std::tuple<Tensor, Tensor> expert_update_autocast(const Tensor& base_out, const Tensor& x, const Tensor& lora_a,
                                                   const Tensor& lora_b, const Tensor& gate, double scale) {
   const c10::impl::ExcludeDispatchKeyGuard guard(Key);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fera_ext::expert_update", "").typed<decltype(expert_update)>();
   // The base layer has chosen its output's dtype already; x follows it.
-  return op.call(base_out, x.to(base_out.scalar_type()), lora_a, lora_b, gate, scale);
+  return call_operator<expert_update>("fera_ext::expert_update", base_out, x.to(base_out.scalar_type()), lora_a, lora_b,
+                                      gate, scale);
 }
 
 }  // namespace
@@ -203,6 +293,10 @@ TORCH_LIBRARY_FRAGMENT(fera_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(fera_ext, CPU, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(fera_ext, Autograd, m) {
+  m.impl("expert_linear", expert_linear_autograd);
+  m.impl("expert_update", expert_update_autograd);
+}
 TORCH_LIBRARY_IMPL(fera_ext, AutocastCPU, m) {
   m.impl("expert_linear", expert_linear_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
   m.impl("expert_update", expert_update_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);

@@ -13,7 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "call.h"
+#include "autograd.h"
 
 namespace fera::torch_binding {
 
@@ -130,6 +130,18 @@ inline std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
 class NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard_{c10::autocast_dispatch_keyset};
 };
+
+// (dweight, dbias) of the base product, undefined where not wanted. The base is frozen in FeRA; a trainer that
+// unfreezes it still gets its gradients.
+inline std::tuple<Tensor, Tensor> base_gradients(const Tensor& dy, const Tensor& x, bool weight, bool bias) {
+  const NoAutocast products;
+  Tensor dweight, dbias;
+  if (!weight && !bias) return {dweight, dbias};
+  const Tensor rows = dy.flatten(0, -2);
+  if (weight) dweight = at::matmul(rows.t(), x.flatten(0, -2));
+  if (bias) dbias = rows.sum(0);
+  return {dweight, dbias};
+}
 
 // The library variant: the stacked form with gate and scale folded into the small side, B' = gate * scale * B, one a
 // gate row, so that nothing of the size of x or y is touched but by products.

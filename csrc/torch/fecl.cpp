@@ -1,4 +1,4 @@
-#include "call.h"
+#include "autograd.h"
 
 namespace fera::torch_binding {
 namespace {
@@ -65,6 +65,48 @@ Tensor fecl_loss_backward(const Tensor& grad, const Tensor& gradient, const Tens
   return dfera;
 }
 
+// fera's gradient is an output, and all that is kept.
+class Fecl : public Formula<Fecl> {
+ public:
+  static Tensor forward(Context* ctx, const Tensor& base, const Tensor& fera, const Tensor& target,
+                        const FilterArguments& f, double eps, bool gradient, Tensor* dfera, Tensor* factor) {
+    Tensor loss;
+    std::tie(loss, *dfera, *factor) = call_below_autograd<fecl_loss>("fera_ext::fecl_loss", base, fera, target, f.table,
+                                                                     f.right, f.mix, f.reach, eps, gradient);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({*dfera, *factor});
+    ctx->saved_data["refused"] = asks(base) || asks(target);
+    ctx->saved_data["gradient"] = gradient;
+    ctx->saved_data["dtype"] = static_cast<int64_t>(fera.scalar_type());
+    return loss;
+  }
+
+  static Variables backward(Context* ctx, const Variables& upstream) {
+    const char* op = "fecl_loss";
+    FERA_REQUIRE(op, !ctx->saved_data["refused"].toBool(), "base and target", "without gradient", "requires_grad=True");
+    Variables grads(8);
+    if (!upstream[0].defined() || !ctx->needs_input_grad(1)) return grads;
+    FERA_REQUIRE(op, ctx->saved_data["gradient"].toBool(), "gradient", "True to differentiate", "False");
+    const Variables saved = ctx->get_saved_variables();
+    grads[1] = call_operator<fecl_loss_backward>("fera_ext::fecl_loss_backward", upstream[0], saved[0], saved[1],
+                                                 static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt()));
+    return grads;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> fecl_loss_autograd(const Tensor& base, const Tensor& fera, const Tensor& target,
+                                                      const Tensor& table, const OptionalTensor& right,
+                                                      const OptionalTensor& mix, at::IntArrayRef reach, double eps,
+                                                      bool gradient) {
+  if (!recorded(base, fera, target))
+    return call_below_autograd<fecl_loss>("fera_ext::fecl_loss", base, fera, target, table, right, mix, reach, eps,
+                                          gradient);
+  Tensor dfera, factor;
+  const Tensor loss =
+      Fecl::apply(base, fera, target, FilterArguments{table, right, mix, reach}, eps, gradient, &dfera, &factor);
+  return {loss, dfera, factor};
+}
+
 void register_kernels(torch::Library& m) {
   m.impl("fecl_loss", fecl_loss);
   m.impl("fecl_loss_backward", fecl_loss_backward);
@@ -80,6 +122,7 @@ TORCH_LIBRARY_FRAGMENT(fera_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(fera_ext, CPU, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(fera_ext, Autograd, m) { m.impl("fecl_loss", fecl_loss_autograd); }
 #if defined(FERA_TORCH_CUDA)
 TORCH_LIBRARY_IMPL(fera_ext, CUDA, m) { register_kernels(m); }
 #endif

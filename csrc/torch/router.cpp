@@ -1,4 +1,4 @@
-#include "call.h"
+#include "autograd.h"
 
 namespace fera::torch_binding {
 namespace {
@@ -111,6 +111,94 @@ std::tuple<Tensor, Tensor, Tensor> latent_gate(const Tensor& z, const Tensor& ta
   return {gate, energy, total};
 }
 
+// What router_softmax and latent_gate share of their formulas: the first variables are the input, then w1, b1, w2, b2
+// (`weights`). The gradients of energy and of the weights; undefined where not wanted.
+Variables router_gradients(Context* ctx, const Tensor& grad, const Tensor& gate, const Tensor& energy,
+                           at::TensorList weights) {
+  std::array<bool, 5> needs;
+  for (size_t i = 0; i < needs.size(); ++i) needs[i] = ctx->needs_input_grad(i);
+  const std::array<bool, 2> wanted{needs[0], needs[1] || needs[2] || needs[3] || needs[4]};
+  auto [de, dw1, db1, dw2, db2] = call_operator<router_softmax_backward>(
+      "fera_ext::router_softmax_backward", grad, gate, energy, weights[0], weights[1], weights[2], weights[3],
+      ctx->saved_data["tau"].toDouble(), wanted);
+  Variables grads{de, dw1, db1, dw2, db2};
+  for (size_t i = 0; i < needs.size(); ++i)
+    if (!needs[i]) grads[i].reset();
+  return grads;
+}
+
+class RouterSoftmax : public Formula<RouterSoftmax> {
+ public:
+  static Tensor forward(Context* ctx, const Tensor& energy, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                        const Tensor& b2, double tau) {
+    const Tensor gate = call_below_autograd<router_softmax>("fera_ext::router_softmax", energy, w1, b1, w2, b2, tau);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({gate, energy, w1, b1, w2, b2});
+    ctx->saved_data["tau"] = tau;
+    return gate;
+  }
+
+  static Variables backward(Context* ctx, const Variables& upstream) {
+    if (!upstream[0].defined()) return Variables(6);
+    const Variables saved = ctx->get_saved_variables();
+    Variables grads = router_gradients(ctx, upstream[0], saved[0], saved[1], at::TensorList(saved).slice(2));
+    grads.resize(6);
+    return grads;
+  }
+};
+
+Tensor router_softmax_autograd(const Tensor& energy, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                               const Tensor& b2, double tau) {
+  if (!recorded(energy, w1, b1, w2, b2))
+    return call_below_autograd<router_softmax>("fera_ext::router_softmax", energy, w1, b1, w2, b2, tau);
+  return RouterSoftmax::apply(energy, w1, b1, w2, b2, tau);
+}
+
+class LatentGate : public Formula<LatentGate> {
+ public:
+  static Tensor forward(Context* ctx, const Tensor& z, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                        const Tensor& b2, const FilterArguments& f, double tau, double eps, Tensor* energy,
+                        Tensor* total) {
+    Tensor gate;
+    std::tie(gate, *energy, *total) = call_below_autograd<latent_gate>("fera_ext::latent_gate", z, f.table, f.right,
+                                                                       f.mix, f.reach, w1, b1, w2, b2, tau, eps);
+    ctx->set_materialize_grads(false);
+    Variables saved{gate, *energy, w1, b1, w2, b2};
+    // The latent is kept only for a gradient of its own; the router's gradients need the indicator alone.
+    if (asks(z)) {
+      saved.insert(saved.end(), {*total, z});
+      f.save(ctx, &saved);
+      ctx->saved_data["eps"] = eps;
+    }
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["tau"] = tau;
+    return gate;
+  }
+
+  static Variables backward(Context* ctx, const Variables& upstream) {
+    if (!upstream[0].defined()) return Variables(10);
+    const Variables saved = ctx->get_saved_variables();
+    const at::TensorList list(saved);
+    Variables grads = router_gradients(ctx, upstream[0], saved[0], saved[1], list.slice(2, 4));
+    if (grads[0].defined()) grads[0] = indicator_gradient(ctx, grads[0], saved[1], saved[6], list.slice(7));
+    grads.resize(10);
+    return grads;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> latent_gate_autograd(const Tensor& z, const Tensor& table,
+                                                        const OptionalTensor& right, const OptionalTensor& mix,
+                                                        at::IntArrayRef reach, const Tensor& w1, const Tensor& b1,
+                                                        const Tensor& w2, const Tensor& b2, double tau, double eps) {
+  if (!recorded(z, w1, b1, w2, b2))
+    return call_below_autograd<latent_gate>("fera_ext::latent_gate", z, table, right, mix, reach, w1, b1, w2, b2, tau,
+                                            eps);
+  Tensor energy, total;
+  const Tensor gate =
+      LatentGate::apply(z, w1, b1, w2, b2, FilterArguments{table, right, mix, reach}, tau, eps, &energy, &total);
+  return {gate, energy, total};
+}
+
 void register_kernels(torch::Library& m) {
   m.impl("router_softmax", router_softmax);
   m.impl("router_softmax_backward", router_softmax_backward);
@@ -130,6 +218,10 @@ TORCH_LIBRARY_FRAGMENT(fera_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(fera_ext, CPU, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(fera_ext, Autograd, m) {
+  m.impl("router_softmax", router_softmax_autograd);
+  m.impl("latent_gate", latent_gate_autograd);
+}
 #if defined(FERA_TORCH_CUDA)
 TORCH_LIBRARY_IMPL(fera_ext, CUDA, m) { register_kernels(m); }
 #endif

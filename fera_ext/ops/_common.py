@@ -14,8 +14,6 @@ from fera_ext.bands.definition import CUSTOM_MASKS
 # The band definition's filters as the operators take them: table, right, mix, reach.
 FilterArgs = tuple[Tensor, Tensor | None, Tensor | None, list[int]]
 
-FILTER_COUNT = 4
-
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: the dtype of energies, gates and losses."""
@@ -77,15 +75,3 @@ def filter_args(op: str, bands: Bands, z: Tensor) -> FilterArgs:
         fakes = [None if t is None else fake.fake_mode.from_tensor(t) for t in parts]
         return (*fakes, list(filters.reach))  # type: ignore[return-value]
     return filters.table, filters.right, filters.mix, list(filters.reach)
-
-
-def without_gradient(ctx: Any, *outputs: Tensor) -> None:
-    """Marks outputs that have no gradient. Backward gets None for them (and for the others, where nothing asks):
-    autograd's default is to fill zeros, a launch each and for ``fecl_loss`` a whole latent."""
-    ctx.mark_non_differentiable(*outputs)
-    ctx.set_materialize_grads(False)
-
-
-def no_grads(count: int) -> list[Any]:
-    """``count`` absent gradients."""
-    return [None] * count

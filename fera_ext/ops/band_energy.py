@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fera_ext.bands import Bands
-from fera_ext.ops._common import FILTER_COUNT, compute_dtype, filter_args, no_grads, without_gradient
+from fera_ext.ops._common import compute_dtype, filter_args
 
 _ops = torch.ops.fera_ext
 
@@ -73,34 +73,3 @@ def _(
 @torch.library.register_fake("fera_ext::frequency_energy_backward")
 def _(grad: Tensor, indicator: Tensor, total: Tensor, z: Tensor, *filters: Any) -> Tensor:
     return z.new_empty(z.shape)
-
-
-def _save_latent(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    z, table, right, mix, reach = inputs
-    ctx.save_for_backward(z, table, right, mix)
-    ctx.reach = reach
-
-
-def _band_energy_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    z, *filters = ctx.saved_tensors
-    dz = None
-    if ctx.needs_input_grad[0]:
-        dz = _ops.band_energy_backward(grad, z, *filters, ctx.reach)
-    return (dz, *no_grads(FILTER_COUNT))
-
-
-def _save_indicator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, table, right, mix, ctx.reach, ctx.eps = inputs
-    without_gradient(ctx, output[1])
-    ctx.save_for_backward(*output, z, table, right, mix)
-
-
-def _frequency_energy_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
-    dz = None
-    if grad is not None and ctx.needs_input_grad[0]:
-        dz = _ops.frequency_energy_backward(grad, *ctx.saved_tensors, ctx.reach, ctx.eps)
-    return (dz, *no_grads(FILTER_COUNT + 1))
-
-
-torch.library.register_autograd("fera_ext::band_energy", _band_energy_backward, setup_context=_save_latent)
-torch.library.register_autograd("fera_ext::frequency_energy", _frequency_energy_backward, setup_context=_save_indicator)

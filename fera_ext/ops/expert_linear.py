@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-
-from fera_ext.ops._common import no_grads, without_gradient
 
 _ops = torch.ops.fera_ext
 
@@ -104,53 +100,3 @@ def _(
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape if want else (0,)) for t, want in zip((x, lora_a, lora_b, gate), wanted))
-
-
-def _backward(
-    saved: tuple[Tensor, ...], dy: Tensor, weight: Tensor | None, scale: float, wanted: list[bool]
-) -> list[Tensor | None]:
-    """Gradients of x, lora_a, lora_b and gate; None where not wanted."""
-    if not any(wanted):
-        return [None] * 4
-    x, h, lora_a, lora_b, gate = saved
-    grads = _ops.expert_linear_backward(dy, x, h, weight, lora_a, lora_b, gate, scale, wanted)
-    return [g if want else None for g, want in zip(grads, wanted)]
-
-
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, lora_a, lora_b, gate, ctx.scale = inputs
-    h = output[1]
-    without_gradient(ctx, h)
-    ctx.save_for_backward(x, h, lora_a, lora_b, gate, weight)
-
-
-def _linear_backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
-    if dy is None:
-        return tuple(no_grads(7))
-    # Read once: under checkpointing each read of saved_tensors asks for the recomputation.
-    *saved, weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    dx, da, db, dgate = _backward(tuple(saved), dy, weight, ctx.scale, [needs[0], *needs[3:6]])
-    # The base is frozen in FeRA; a trainer that unfreezes it still gets its gradients.
-    rows = dy.flatten(0, -2)
-    dweight = rows.T @ saved[0].flatten(0, -2) if needs[1] else None
-    dbias = rows.sum(0) if needs[2] else None
-    return dx, dweight, dbias, da, db, dgate, None
-
-
-def _save_update(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, x, lora_a, lora_b, gate, ctx.scale = inputs
-    without_gradient(ctx, output[1])
-    ctx.save_for_backward(x, output[1], lora_a, lora_b, gate)
-
-
-def _update_backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
-    if dy is None:
-        return tuple(no_grads(6))
-    needs = ctx.needs_input_grad
-    grads = _backward(ctx.saved_tensors, dy, None, ctx.scale, list(needs[1:5]))
-    return (dy if needs[0] else None, *grads, *no_grads(1))
-
-
-torch.library.register_autograd("fera_ext::expert_linear", _linear_backward, setup_context=_save_linear)
-torch.library.register_autograd("fera_ext::expert_update", _update_backward, setup_context=_save_update)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fera_ext.bands import Bands
-from fera_ext.ops._common import FILTER_COUNT, compute_dtype, filter_args, no_grads, without_gradient
+from fera_ext.ops._common import compute_dtype, filter_args
 
 _ops = torch.ops.fera_ext
 
@@ -69,25 +67,3 @@ def _(
 @torch.library.register_fake("fera_ext::fecl_loss_backward")
 def _(grad: Tensor, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return gradient.new_empty(gradient.shape, dtype=dtype)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    fera, gradient = inputs[1], inputs[-1]
-    without_gradient(ctx, output[1], output[2])
-    ctx.save_for_backward(output[1], output[2])
-    ctx.gradient, ctx.dtype = gradient, fera.dtype
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    needs = ctx.needs_input_grad
-    if needs[0] or needs[2]:
-        raise ValueError("fecl_loss: base and target must be without gradient, got requires_grad=True")
-    dfera = None
-    if grad is not None and needs[1]:
-        if not ctx.gradient:
-            raise ValueError("fecl_loss: gradient must be True to differentiate, got False")
-        dfera = _ops.fecl_loss_backward(grad, *ctx.saved_tensors, ctx.dtype)
-    return (None, dfera, None, *no_grads(FILTER_COUNT + 2))
-
-
-torch.library.register_autograd("fera_ext::fecl_loss", _backward, setup_context=_save)

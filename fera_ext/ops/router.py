@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fera_ext.bands import Bands
-from fera_ext.ops._common import FILTER_COUNT, compute_dtype, filter_args, no_grads, without_gradient
+from fera_ext.ops._common import compute_dtype, filter_args
 
 _ops = torch.ops.fera_ext
 
@@ -107,59 +105,3 @@ def _(
         z.new_empty((z.shape[0], w1.shape[1]), dtype=dtype),
         z.new_empty((z.shape[0],), dtype=torch.float64),
     )
-
-
-def _route_backward(
-    ctx: Any,
-    grad: Tensor,
-    gate: Tensor,
-    energy: Tensor,
-    weights: tuple[Tensor, ...],
-    energy_wanted: bool,
-    weights_wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    wanted = [energy_wanted, any(weights_wanted)]
-    denergy, *dweights = _ops.router_softmax_backward(grad, gate, energy, *weights, ctx.tau, wanted)
-    return (
-        denergy if energy_wanted else None,
-        [d if want else None for d, want in zip(dweights, weights_wanted)],
-    )
-
-
-def _save_router(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.tau = inputs
-    ctx.save_for_backward(output, *tensors)
-
-
-def _router_softmax_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    gate, energy, *weights = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    denergy, dweights = _route_backward(ctx, grad, gate, energy, weights, needs[0], needs[1:5])
-    return (denergy, *dweights, None)
-
-
-def _save_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    z, table, right, mix, reach, *weights, tau, eps = inputs
-    without_gradient(ctx, *output[1:])
-    # The latent is kept only for a gradient of its own; the router's gradients need the indicator alone.
-    latent = (z, table, right, mix) if ctx.needs_input_grad[0] else no_grads(FILTER_COUNT)
-    ctx.save_for_backward(*output, *weights, *latent)
-    ctx.tau, ctx.reach, ctx.eps = tau, reach, eps
-
-
-def _latent_gate_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if grad is None:
-        return tuple(no_grads(FILTER_COUNT + 7))
-    gate, energy, total, *rest = ctx.saved_tensors
-    weights, latent = rest[:4], rest[4:]
-    needs = ctx.needs_input_grad
-    first = 1 + FILTER_COUNT
-    denergy, dweights = _route_backward(ctx, grad, gate, energy, weights, needs[0], needs[first : first + 4])
-    dz = None
-    if denergy is not None:
-        dz = _ops.frequency_energy_backward(denergy, energy, total, *latent, ctx.reach, ctx.eps)
-    return (dz, *no_grads(FILTER_COUNT), *dweights, None, None)
-
-
-torch.library.register_autograd("fera_ext::router_softmax", _router_softmax_backward, setup_context=_save_router)
-torch.library.register_autograd("fera_ext::latent_gate", _latent_gate_backward, setup_context=_save_gate)
