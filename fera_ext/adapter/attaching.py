@@ -103,7 +103,7 @@ def attach_layers(
 ) -> FeraAdapter:
     """:func:`attach` for layers already chosen and checked."""
     _warn_unmatched(config, matched)
-    state = GateState()
+    state = GateState(len({id(module) for module in matched.values()}))
     wrapped: dict[int, FeraLinear] = {}
     for module in matched.values():
         if id(module) not in wrapped:
@@ -134,7 +134,8 @@ def attach_layers(
         setattr(model.get_submodule(parent), name, layer)
     model.add_module(ROUTER_NAME, router)
     if group_projections:
-        share_inputs(model, layers, state)
+        groups = share_inputs(model, layers, state)
+        state.calls -= sum(len(group.members) - 1 for group in groups)
     refuse_saving(model)
     routing = Routing(model, router, config.bands, latent or extractor(model), state, layers)
     return FeraAdapter(model, config, layers, router, routing, asked)

@@ -3,7 +3,8 @@
 diffusers' modules call ``self._gradient_checkpointing_func(block, *args)``. The function is replaced by
 :class:`BoundCheckpoint`, which passes the gate along as a tensor argument and binds it around the block. The
 recomputation then sees the gate of its own forward, whatever ran since, and reentrant checkpointing returns
-the gate's gradient to the router's graph like any input's.
+the gate's gradient to the router's graph like any input's. Inside the block the gate fans out again
+(:mod:`fera_ext.nn.fan`), so that one gradient a block comes out.
 """
 
 from __future__ import annotations
@@ -23,29 +24,31 @@ class Segment:
     Args:
         function: the block.
         state: the model's gate state.
-        enabled: whether the experts act in this forward.
+        calls: how many operator calls the block makes, roughly: its adapted layers.
 
     The recomputation runs the same layers as one as the forward did (:attr:`fera_ext.nn.GateState.plan`): it must
     save the same tensors.
     """
 
-    def __init__(self, function: Callable[..., Any], state: GateState, enabled: bool) -> None:
+    def __init__(self, function: Callable[..., Any], state: GateState, calls: int) -> None:
         self.function = function
         self.state = state
-        self.enabled = enabled
+        self.calls = calls
+        self.enabled = state.enabled  # whether the experts act in this forward
         self.plan = state.plan
 
     def __call__(self, gate: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         state = self.state
-        before = state.gate, state.enabled, state.plan
+        before = state.gate, state.enabled, state.plan, state.calls, state.fans
         state.drop_kept()  # a recomputation begins with nothing kept, and so must its forward
         state.gate, state.enabled, state.plan = gate, self.enabled, self.plan
+        state.calls, state.fans = self.calls, {}
         try:
             result = self.function(*args, **kwargs)
             state.drop_kept(wasted=True)
             return result
         finally:
-            state.gate, state.enabled, state.plan = before
+            state.gate, state.enabled, state.plan, state.calls, state.fans = before
             state.drop_kept()
 
 
@@ -58,26 +61,29 @@ class BoundCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # The compiler traces the block with the gate as a captured input, which is the same thing.
-        if torch.compiler.is_compiling() or not self._adapted(function):
+        layers = 0 if torch.compiler.is_compiling() else self._adapted(function)
+        if not layers:
             return self.inner(function, *args, **kwargs)
         state = self.state
         gate = state.gate if state.enabled else None
+        if gate is not None:
+            gate = state.view(gate.device)
         if gate is not None and not gate.requires_grad and torch.is_grad_enabled():
             # Reentrant checkpointing gives no gradients at all to a block none of whose inputs asks.
             gate = gate.detach().requires_grad_()
-        return self.inner(Segment(function, state, state.enabled), gate, *args, **kwargs)
+        return self.inner(Segment(function, state, layers), gate, *args, **kwargs)
 
-    def _adapted(self, function: Callable[..., Any]) -> bool:
-        """Whether ``function`` holds adapted layers; a callable that is no module might.
+    def _adapted(self, function: Callable[..., Any]) -> int:
+        """How many adapted layers ``function`` holds; of a callable that is no module, a guess.
 
         A frozen block must not get the gate: reentrant checkpointing would differentiate it, and raise
         because nothing in it has a gradient.
         """
         if not isinstance(function, nn.Module):
-            return True
+            return min(self.state.calls, 16)
         known = self.state.adapted.get(function)
         if known is None:
-            known = any(isinstance(m, FeraLinear) for m in function.modules())
+            known = sum(isinstance(m, FeraLinear) for m in function.modules())
             self.state.adapted[function] = known
         return known
 

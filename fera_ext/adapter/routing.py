@@ -101,6 +101,7 @@ class Routing:
         state.gate, self._latent = None, None
         if torch.compiler.is_compiling():
             return
+        state.fans.clear()
         state.gate, self._outer = self._outer, None
         if torch.is_grad_enabled():
             replay = Replay(state, gate, latent if state.enabled else None, self.evaluate)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fera_ext import ops
-from fera_ext.nn.sharing import SharedInput, is_plain
+from fera_ext.nn.sharing import SharedInput, is_plain, weights_of
 
 
 class GateSource(Protocol):
@@ -18,6 +18,9 @@ class GateSource(Protocol):
 
     gate: Tensor | None
     enabled: bool
+
+    def view(self, device: torch.device) -> Tensor:
+        """(G, E), the gate's values on ``device``, for one operator call."""
 
 
 class FeraLinear(nn.Module):
@@ -118,9 +121,9 @@ class FeraLinear(nn.Module):
         Raises:
             RuntimeError: no gate is bound, because the denoiser's own forward is not running.
         """
-        source, base = self.source, self.base
+        source = self.source
         if not source.enabled:
-            return base(x)
+            return self.base(x)
         gate = source.gate
         if gate is None:
             raise RuntimeError(
@@ -128,18 +131,31 @@ class FeraLinear(nn.Module):
                 "call of the layer outside of one (or recomputed by a backward pass that does not start "
                 "at the denoiser's output)"
             )
-        # A compiled graph takes the separate form: no state from one call to the next.
-        if not torch.compiler.is_compiling() and self.shared is not None:
+        if torch.compiler.is_compiling():
+            return self._traced(x, gate)
+        if self.shared is not None:
             out = self.shared.output(self, x, gate)
             if out is not None:
                 return out
+        view = source.view(x.device)
+        dropped = self.dropout > 0 and self.training
+        own = None if dropped else weights_of(self)
+        if own is None:
+            return self._updated(x, view, dropped)
+        return ops.expert_linear(x, *own, view, self.scale)
+
+    def _traced(self, x: Tensor, gate: Tensor) -> Tensor:
+        """What a compiled graph takes, (N, ..., out): no state from one call to the next, the gate as it is."""
         if gate.device != x.device:
             gate = gate.to(x.device)
         dropped = self.training and self.dropout > 0
-        if is_plain(base) and not dropped:
-            weight, bias = self.weight, self.bias
-            return ops.expert_linear(x, weight, bias, self.lora_A, self.lora_B, gate, self.scale)
-        out = base(x)
+        if dropped or not is_plain(self.base):
+            return self._updated(x, gate, dropped)
+        return ops.expert_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, gate, self.scale)
+
+    def _updated(self, x: Tensor, gate: Tensor, dropped: bool) -> Tensor:
+        """The base layer's own output with the experts' update, (N, ..., out)."""
+        out = self.base(x)
         # A base layer that computes in another dtype (autocast, quantised) decides the update's dtype.
         x = x.to(out.dtype)
         if dropped:

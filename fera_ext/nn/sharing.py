@@ -15,10 +15,13 @@ recomputation saves the same tensors as its forward did.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import is_not
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks as _top_hooks
+from torch._C._functorch import maybe_current_level
 
 from fera_ext import ops
 
@@ -29,30 +32,28 @@ if TYPE_CHECKING:
 
 def saving_hooks() -> Any:
     """The innermost hooks on saved tensors, which tell one checkpointed segment from another; None without any."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return _top_hooks(True)
 
 
 def _version(t: Tensor) -> int:
     return -1 if t.is_inference() else t._version
 
 
-def _key(x: Tensor, gate: Tensor) -> tuple[Any, ...]:
-    """What decides, besides the identity of its arguments, on the result of a call and on what it saves."""
-    device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, saving_hooks()
-    return (*modes, x.requires_grad, x._version, _version(gate))
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _weights(layer: FeraLinear) -> tuple[int, ...]:
-    """Changes whenever the layer's weights do."""
-    bias = layer.bias
-    return (
-        _version(layer.weight),
-        _version(layer.lora_A),
-        _version(layer.lora_B),
-        -1 if bias is None else _version(bias),
-    )
+Weights = tuple[Tensor, "Tensor | None", Tensor, Tensor]
+"""Weight, bias, lora_A and lora_B, read from the modules at each call: they may be others at the next one."""
+
+
+def _versions(weights: Weights) -> tuple[int, ...]:
+    """Changes whenever the values do, other than by ``data``."""
+    weight, bias, lora_a, lora_b = weights
+    try:
+        return weight._version, lora_a._version, lora_b._version, -1 if bias is None else bias._version
+    except RuntimeError:  # inference tensors have none
+        return tuple(-1 if t is None else _version(t) for t in weights)
 
 
 class Kept:
@@ -60,27 +61,62 @@ class Kept:
 
     Attributes:
         members: the layers that were computed, the one that was called first.
-        outputs: (N, ..., out_i) of those that have not been called yet.
+        outputs: of those that have not been called yet: (N, ..., out_i), what it was computed with, its versions.
     """
 
-    __slots__ = ("_gate", "_key", "_weights", "_x", "members", "outputs")
+    __slots__ = (
+        "_autocast",
+        "_device",
+        "_gate",
+        "_gate_version",
+        "_grad",
+        "_hooks",
+        "_inference",
+        "_scale",
+        "_x",
+        "_x_asks",
+        "_x_version",
+        "members",
+        "outputs",
+    )
 
     def __init__(
-        self, members: tuple[FeraLinear, ...], x: Tensor, gate: Tensor, outputs: dict[FeraLinear, Tensor]
+        self, members: tuple[FeraLinear, ...], x: Tensor, gate: Tensor, outputs: list[Tensor], weights: list[Weights]
     ) -> None:
         self.members = members
-        self.outputs = outputs
-        self._x, self._gate, self._key = x, gate, _key(x, gate)
-        self._weights = {layer: _weights(layer) for layer in outputs}
+        self.outputs = {m: (out, own, _versions(own)) for m, out, own in zip(members, outputs, weights)}
+        del self.outputs[members[0]]
+        self._scale = members[0].scale
+        self._x, self._x_version, self._x_asks = x, x._version, x.requires_grad
+        self._gate, self._gate_version = gate, _version(gate)
+        self._grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        self._device = _device_type(x)
+        self._autocast = _autocast_dtype(self._device)
+        self._hooks = _top_hooks(True)
 
     def take(self, layer: FeraLinear, x: Tensor, gate: Tensor) -> Tensor | None:
         """The output of ``layer`` for exactly these arguments, once; None where it is not there."""
-        if x is not self._x or gate is not self._gate or layer not in self.outputs or x.is_inference():
+        found = self.outputs.get(layer)
+        # What decides on the result of a call and on what it saves; x and the gate by identity.
+        if (
+            found is None
+            or x is not self._x
+            or gate is not self._gate
+            or x._version != self._x_version
+            or x.requires_grad is not self._x_asks
+            or _version(gate) != self._gate_version
+            or torch.is_grad_enabled() is not self._grad
+            or torch.is_inference_mode_enabled() is not self._inference
+            or _autocast_dtype(self._device) != self._autocast
+            or _top_hooks(True) != self._hooks
+        ):
             return None
-        plain = _joins(layer, self.members[0].scale) and is_plain(layer.base)
-        if not plain or self._key != _key(x, gate) or self._weights[layer] != _weights(layer):
+        out, then, versions = found
+        own = _joining(layer, self._scale)
+        if own is None or any(map(is_not, own, then)) or _versions(own) != versions:
             return None
-        return self.outputs.pop(layer)
+        del self.outputs[layer]
+        return out
 
 
 class SharedInput:
@@ -112,7 +148,7 @@ class SharedInput:
 
     def output(self, layer: FeraLinear, x: Tensor, gate: Tensor) -> Tensor | None:
         """What ``layer(x)`` gives, (N, ..., out), or None: then it computes by itself."""
-        if torch._C._functorch.maybe_current_level() is not None:
+        if maybe_current_level() is not None:
             return None  # the group has no batching rule
         plan = self.state.plan
         since, members = self._plans[0]
@@ -120,34 +156,36 @@ class SharedInput:
             members = next(m for since, m in self._plans if since <= plan)
         if layer not in members:
             return None
-        if self._kept is not None:
-            out = self._kept.take(layer, x, gate)
+        kept = self._kept
+        if kept is not None:
+            out = kept.take(layer, x, gate)
             if out is None:
                 self.drop(wasted=True)
             else:
-                if not self._kept.outputs:
+                if not kept.outputs:
                     self.drop()
                 return out
         if layer is not members[0] or x.is_inference():
             return None
-        scale = layer.scale
-        cast = torch.is_autocast_enabled(x.device.type)
-        weights, biases, lora_as, lora_bs = [], [], [], []
+        return self._ahead(members, x, gate)
+
+    def _ahead(self, members: tuple[FeraLinear, ...], x: Tensor, gate: Tensor) -> Tensor | None:
+        """The first member's output, (N, ..., out), the others' kept; None where the operator cannot take them all."""
+        scale, device, dtype = members[0].scale, x.device, x.dtype
+        children, names = self._attention._modules, self._names
+        found = []
         for member in members:
-            base: Any = member.base
             # A wrapper in the layer's place (FSDP's) may be what makes its parameters whole.
-            own = self._attention._modules.get(self._names[member]) is member
-            if not (own and _joins(member, scale) and is_plain(base)):
+            own = _joining(member, scale) if children.get(names[member]) is member else None
+            if own is None or own[0].device != device:
                 return None
-            if base.weight.device != x.device or (base.weight.dtype != x.dtype and not cast):
+            if own[0].dtype != dtype and not torch.is_autocast_enabled(device.type):
                 return None
-            weights.append(base.weight)
-            biases.append(base.bias)
-            lora_as.append(member.lora_A)
-            lora_bs.append(member.lora_B)
-        near = gate if gate.device == x.device else gate.to(x.device)
-        outputs = ops.expert_linear_group(x, weights, biases, lora_as, lora_bs, near, scale)
-        self._kept = Kept(members, x, gate, dict(zip(members[1:], outputs[1:])))
+            found.append(own)
+        weights, biases, lora_as, lora_bs = map(list, zip(*found))
+        view = self.state.view(device)
+        outputs = ops.expert_linear_group(x, weights, biases, lora_as, lora_bs, view, scale)
+        self._kept = Kept(members, x, gate, outputs, found)
         self.state.holding.add(self)
         return outputs[0]
 
@@ -162,24 +200,56 @@ class SharedInput:
         self._plans = ((self.state.next_plan(), rest if len(rest) > 1 else ()), *self._plans)
 
 
-def _joins(layer: FeraLinear, scale: float) -> bool:
-    """Whether a call of ``layer`` now is the operator of its base layer, with nobody listening to what comes in."""
-    return (
-        layer.scale == scale
-        and not (layer.training and layer.dropout > 0)
-        and not layer._forward_pre_hooks
-        and "forward" not in layer.__dict__
-    )
+def _joining(layer: FeraLinear, scale: float) -> Weights | None:
+    """What ``layer`` computes with where its call is the operator of its base layer, with nobody listening to what
+    comes in; else None."""
+    if (
+        layer.scale != scale
+        or layer._forward_pre_hooks
+        or (layer.dropout > 0 and layer.training)
+        or "forward" in layer.__dict__
+    ):
+        return None
+    return weights_of(layer)
+
+
+def weights_of(layer: FeraLinear) -> Weights | None:
+    """What ``layer`` computes with where its base layer is plain (:func:`is_plain`) and all of it are parameters.
+
+    Asking a module for a parameter by attribute takes ten times as long as asking the dict it is in. What is not there
+    (parametrised weights, computed at each access) gives None, and the layer takes the form for any base layer.
+    """
+    base: Any = layer._modules["base"]
+    if not _unheard(base):
+        return None
+    own, given = layer._parameters, base._parameters
+    found: Any
+    try:
+        found = given["weight"], given["bias"], own["lora_A"], own["lora_B"]
+    except KeyError:
+        return None
+    return found if type(found[0]) in _PLAIN else None
 
 
 def is_plain(base: nn.Module) -> bool:
     """Whether base(x) is exactly F.linear(x, weight, bias), with nobody listening to the call."""
+    return _unheard(base) and type(base.weight) in _PLAIN
+
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def _unheard(base: nn.Module) -> bool:
+    """Whether a call of ``base`` runs nn.Linear's own forward and nothing else."""
     return (
         type(base).forward is nn.Linear.forward
-        and type(base.weight) in (nn.Parameter, Tensor)
         and not base._forward_hooks
         and not base._forward_pre_hooks
         and not base._backward_hooks
         and not base._backward_pre_hooks
         and "forward" not in base.__dict__
     )
+
+
+def _device_type(x: Tensor) -> str:
+    return "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type

@@ -10,7 +10,8 @@ mechanisms bring the right gate back:
   when its backward pass begins and puts its gate back (:class:`Replay`). The engine runs the nodes of later
   forwards first and each forward's output before its inside, so several pending forwards keep apart.
 
-A layer that finds no gate raises; it never uses the gate of another forward.
+A layer that finds no gate raises; it never uses the gate of another forward. Each operator call gets a view of the
+gate of its own (:meth:`GateState.view`), so that the gradients come back in one reduction (:mod:`fera_ext.nn.fan`).
 """
 
 from __future__ import annotations
@@ -23,12 +24,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fera_ext.nn.fan import Fan
+
 if TYPE_CHECKING:
     from fera_ext.nn.sharing import SharedInput
 
 
 class GateState:
     """The gate of the running forward; plain attributes, read by every adapted layer.
+
+    Args:
+        calls: how many operator calls a forward makes with it, roughly.
 
     Attributes:
         gate: (G, E), the gate of the running forward, None outside of one.
@@ -37,31 +43,48 @@ class GateState:
         disabled_depth: how many :meth:`fera_ext.adapter.FeraAdapter.disabled` blocks are open.
         plan: which layers run as one (:mod:`fera_ext.nn.sharing`), as a number; a recomputation has its forward's.
         holding: the groups that keep outputs for calls to come.
+        calls: how many operator calls the gate is for in what runs, the model or a checkpointed block of it.
+        fans: where the views of the gate come from, by device.
+        adapted: the number of adapted layers in a checkpointed block.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, calls: int = 16) -> None:
         self.gate: Tensor | None = None
         self.enabled = True
         self.last: Tensor | None = None
         self.disabled_depth = 0
-        self.adapted: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+        self.adapted: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self.plan = 0
         self.holding: set[SharedInput] = set()
+        self.calls = calls
+        self.fans: dict[torch.device, Fan] = {}
         self._newest = 0
         self._replanned = False
         self._held: dict[int, tuple[Tensor | None, bool, int, list[Replay]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateState:
-        copied = GateState()
+        copied = GateState(self.calls)
         memo[id(self)] = copied
         return copied
 
-    def __reduce__(self) -> tuple[type[GateState], tuple[()]]:
-        return GateState, ()
+    def __reduce__(self) -> tuple[type[GateState], tuple[int]]:
+        return GateState, (self.calls,)
+
+    def view(self, device: torch.device) -> Tensor:
+        """(G, E), the bound gate's values on ``device``, for one operator call; not to be modified."""
+        gate = self.gate
+        assert gate is not None
+        if not gate.requires_grad or not torch.is_grad_enabled():
+            return gate if gate.device == device else gate.to(device)
+        fan = self.fans.get(device)
+        if fan is None or fan.gate is not gate or fan.version != gate._version:
+            fan = self.fans[device] = Fan(gate, device, self.calls)
+        return fan.view()
 
     def reset(self) -> None:
         """Before a forward: forget what a backward pass that raised has left behind, and take the newest plan."""
         self._held.clear()
+        self.fans.clear()
         self.drop_kept()
         self._newest += self._replanned
         self.plan, self._replanned = self._newest, False
@@ -91,6 +114,7 @@ class GateState:
 
     def _release(self, task: int) -> None:
         self.gate, self.enabled, self.plan, replays = self._held.pop(task)
+        self.fans.clear()
         self.drop_kept()
         for replay in replays:
             replay.finish()
