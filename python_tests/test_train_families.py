@@ -67,7 +67,8 @@ def test_sdxl_is_told_the_size_before_resizing(tmp_path: Path) -> None:
         lambda _, args, kwargs: told.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True
     )
     with torch.no_grad():
-        family.predict(family.denoiser, torch.zeros(1, 4, 16, 16), torch.tensor([5]), family.encode("a cat"), batch)
+        told_all = family.condition(family.encode("a cat"), batch)
+        family.predict(family.denoiser, torch.zeros(1, 4, 16, 16), torch.tensor([5]), told_all)
     # Original height and width, top and left of the crop, height and width asked for.
     assert told[0].tolist() == [[64.0, 96.0, 0.0, 8.0, 32.0, 32.0]]
 

@@ -22,6 +22,9 @@ from fera_ext.training.errors import TrainError, UsageError, first_line, saving_
 
 STATE_FILE = "state.json"
 TENSOR_FILE = "training_state.pt"
+ADDED = {"fecl_every": 1, "fecl_share": 1.0}
+"""Pinned settings that older checkpoints do not name, and what they were trained with."""
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -65,7 +68,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / STATE_FILE).read_text())
-        return {"step": int(state["step"]), "pinned": dict(state["pinned"])}
+        return {"step": int(state["step"]), "pinned": {**ADDED, **state["pinned"]}}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainError(f"{path} must be a complete checkpoint, got {first_line(error)}") from error
 

@@ -63,6 +63,13 @@ def train(
     fecl_warmup_steps: Annotated[
         int, _flag("fecl_warmup_steps", "Steps over which that weight rises from zero.", ADAPTER)
     ] = 100,
+    fecl_every: Annotated[
+        int,
+        _flag("fecl_every", "That loss and its base pass only once in so many steps, from the first on.", ADAPTER),
+    ] = 1,
+    fecl_share: Annotated[
+        float, _flag("fecl_share", "Share of the batch they take, in (0, 1], rounded up; its mean.", ADAPTER)
+    ] = 1.0,
     target_modules: Annotated[
         Optional[str],  # noqa: UP045
         _flag(
@@ -100,6 +107,13 @@ def train(
         str, _flag("mixed_precision", "no, fp16 or bf16; the adapter stays float32.", RUN)
     ] = "no",
     allow_tf32: Annotated[bool, _flag("allow_tf32", "TF32 products on Ampere and newer.", RUN)] = False,
+    compile: Annotated[
+        bool, _flag("compile", "torch.compile the denoiser; takes minutes at first. One process.", RUN)
+    ] = False,
+    cuda_graph: Annotated[
+        bool,
+        _flag("cuda_graph", "Replay the whole step as one CUDA graph. One process with a GPU, not with fp16.", RUN),
+    ] = False,
     seed: Annotated[int, _flag("seed", "Of all random draws.", RUN)] = 0,
     max_train_steps: Annotated[int, _flag("max_train_steps", "Optimizer steps.", RUN)] = 500,
     checkpointing_steps: Annotated[int, _flag("checkpointing_steps", "Steps between checkpoints; 0: none.", RUN)] = 500,

@@ -34,6 +34,13 @@ def stream_seed(seed: int, stream: int, *counters: int) -> int:
     return int(state[0]) >> 1
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on ``device``; a copy to a GPU goes through pinned memory, so that the host need not wait for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def find_images(folder: Path) -> list[Path]:
     """The images directly in ``folder``, sorted by name.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fera_ext.training.data import Batch
+from fera_ext.training.data import Batch, to_device
 from fera_ext.training.errors import TrainError, UsageError, first_line
 from fera_ext.training.settings import PIPELINES
 
@@ -33,6 +33,8 @@ class Family:
 
     denoiser_name = "transformer"
     prompted = True
+    packed = False
+    """Whether the denoiser takes tokens that do not say the latent's height and width."""
 
     def __init__(self, pipe: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.pipe = pipe
@@ -115,7 +117,7 @@ class Family:
     @torch.no_grad()
     def to_latents(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """Pixels (B, 3, S, S) in [-1, 1] to latents (B, C, H, W), float32, sampled from the posterior."""
-        pixels = pixels.to(self.device, torch.float32)
+        pixels = to_device(pixels, self.device).to(torch.float32)
         if self.vae is None:
             return pixels
         latents = self.vae.encode(pixels).latent_dist.sample(generator=generator)
@@ -128,26 +130,36 @@ class Family:
         decoded = self.vae.decode(latents.float() / self.vae.config.scaling_factor + self.vae_shift).sample
         return self.pipe.image_processor.postprocess(decoded, output_type="pil")
 
-    def predict(
-        self, model: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, batch: Batch
-    ) -> Tensor:
+    def condition(self, prompt: Conditioning, batch: Batch) -> Conditioning:
+        """All that the denoiser is told besides latents and times, on the device.
+
+        Args:
+            prompt: the prompt's conditioning.
+            batch: where the images come from: sizes and crops.
+        """
+        return {**prompt, **{k: to_device(v, self.device) for k, v in self.describe(batch).items()}}
+
+    def describe(self, batch: Batch) -> Conditioning:
+        """What the denoiser is told about each image, (B, ...) on the CPU."""
+        return {}
+
+    def predict(self, model: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's prediction (B, C, H, W) in float32; a learned variance is dropped.
+
+        It reads these tensors alone, and neither waits for the device nor copies to it: a CUDA graph can hold it.
 
         Args:
             model: the denoiser, perhaps wrapped.
             latents: (B, C, H, W) noisy latents.
             timesteps: (B,).
-            conditioning: the prompt's, of batch one.
-            batch: where the images come from: sizes and crops.
+            conditioning: what :meth:`condition` gives; a first axis of one serves the whole batch.
         """
         count = len(latents)
         expanded = {k: v.expand(count, *v.shape[1:]) for k, v in conditioning.items()}
-        out = self.call(model, latents.to(self.dtype), timesteps, expanded, batch)
+        out = self.call(model, latents.to(self.dtype), timesteps, expanded)
         return out[:, : latents.shape[1]].float()
 
-    def call(
-        self, model: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, batch: Batch
-    ) -> Tensor:
+    def call(self, model: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's call, with its own argument names."""
         raise NotImplementedError
 
@@ -185,7 +197,7 @@ class StableDiffusion(Family):
     def encode_text(self, prompt: str) -> dict[str, Tensor | None]:
         return {"text": self.pipe.encode_prompt(prompt, self.device, 1, False)[0]}
 
-    def call(self, model, latents, timesteps, conditioning, batch):  # type: ignore[no-untyped-def]
+    def call(self, model, latents, timesteps, conditioning):  # type: ignore[no-untyped-def]
         return model(latents, timesteps, encoder_hidden_states=conditioning["text"]).sample
 
 
@@ -200,10 +212,12 @@ class StableDiffusionXL(Family):
         )
         return {"text": text, "pooled": pooled}
 
-    def call(self, model, latents, timesteps, conditioning, batch):  # type: ignore[no-untyped-def]
+    def describe(self, batch: Batch) -> Conditioning:
         target = torch.full_like(batch.sizes, batch.pixels.shape[-1])
-        ids = torch.cat([batch.originals, batch.corners, target], dim=1).to(self.device, self.dtype)
-        added = {"text_embeds": conditioning["pooled"], "time_ids": ids}
+        return {"time_ids": torch.cat([batch.originals, batch.corners, target], dim=1)}
+
+    def call(self, model, latents, timesteps, conditioning):  # type: ignore[no-untyped-def]
+        added = {"text_embeds": conditioning["pooled"], "time_ids": conditioning["time_ids"].to(self.dtype)}
         return model(latents, timesteps, encoder_hidden_states=conditioning["text"], added_cond_kwargs=added).sample
 
 
@@ -216,7 +230,7 @@ class StableDiffusion3(Family):
         )
         return {"text": text, "pooled": pooled}
 
-    def call(self, model, latents, timesteps, conditioning, batch):  # type: ignore[no-untyped-def]
+    def call(self, model, latents, timesteps, conditioning):  # type: ignore[no-untyped-def]
         return model(
             hidden_states=latents,
             timestep=timesteps,
@@ -228,6 +242,7 @@ class StableDiffusion3(Family):
 class Flux(Family):
     """FLUX.1: tokens of 2 x 2 latent pixels."""
 
+    packed = True
     GUIDANCE = 3.5
     """What a guidance-distilled model is told while training."""
 
@@ -239,7 +254,7 @@ class Flux(Family):
         text, pooled, _ = self.pipe.encode_prompt(prompt, None, device=self.device)
         return {"text": text, "pooled": pooled}
 
-    def call(self, model, latents, timesteps, conditioning, batch):  # type: ignore[no-untyped-def]
+    def call(self, model, latents, timesteps, conditioning):  # type: ignore[no-untyped-def]
         count, channels, height, width = latents.shape
         patches = latents.reshape(count, channels, height // 2, 2, width // 2, 2)
         tokens = patches.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * 4)
@@ -259,13 +274,13 @@ class Flux(Family):
         return out.permute(0, 3, 1, 4, 2, 5).reshape(latents.shape)
 
     def _image_ids(self, height: int, width: int) -> Tensor:
-        """(T, 3) positions; kept, since the latent's size is read from a new tensor only."""
-        known = getattr(self, "_ids", None)
-        if known is None or known[0] != (height, width):
+        """(T, 3) positions; kept for each size, because CUDA graphs read them and do not keep them."""
+        known: dict[tuple[int, int], Tensor] = self.__dict__.setdefault("_ids", {})
+        if (height, width) not in known:
             rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
             table = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
-            self._ids = known = ((height, width), table.to(self.device, self.dtype))
-        return known[1]
+            known[height, width] = table.to(self.device, self.dtype)
+        return known[height, width]
 
     def to_images(self, latents: Tensor) -> list[Any]:
         count, tokens, channels = latents.shape
@@ -283,10 +298,13 @@ class PixArt(Family):
         text, mask, _, _ = self.pipe.encode_prompt(prompt, do_classifier_free_guidance=False, device=self.device)
         return {"text": text, "mask": mask}
 
-    def call(self, model, latents, timesteps, conditioning, batch):  # type: ignore[no-untyped-def]
+    def describe(self, batch: Batch) -> Conditioning:
+        return {"sizes": batch.sizes}
+
+    def call(self, model, latents, timesteps, conditioning):  # type: ignore[no-untyped-def]
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if getattr(self.denoiser, "use_additional_conditions", False):
-            sizes = batch.sizes.to(self.device, self.dtype)
+            sizes = conditioning["sizes"].to(self.dtype)
             added = {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
         return model(
             latents,
@@ -310,7 +328,7 @@ class DiT(Family):
             raise UsageError(f"instance_prompt must be a class of the model by number or name, got {prompt!r}")
         return {"label": torch.tensor([label])}
 
-    def call(self, model, latents, timesteps, conditioning, batch):  # type: ignore[no-untyped-def]
+    def call(self, model, latents, timesteps, conditioning):  # type: ignore[no-untyped-def]
         return model(latents, timestep=timesteps, class_labels=conditioning["label"]).sample
 
     def draw(self, prompt: str, generators: list[torch.Generator], size: int, steps: int) -> list[Any]:
@@ -338,7 +356,7 @@ class Unconditional(Family):
     def encode_text(self, prompt: str) -> dict[str, Tensor | None]:
         return {}
 
-    def call(self, model, latents, timesteps, conditioning, batch):  # type: ignore[no-untyped-def]
+    def call(self, model, latents, timesteps, conditioning):  # type: ignore[no-untyped-def]
         return model(latents, timesteps).sample
 
     def draw(self, prompt: str, generators: list[torch.Generator], size: int, steps: int) -> list[Any]:

@@ -26,6 +26,7 @@ from fera_ext.training.data import (
     find_images,
     fingerprint,
     stream_seed,
+    to_device,
 )
 from fera_ext.training.errors import TrainError, UsageError, first_line, saving_failed
 from fera_ext.training.families import Family, load_family
@@ -33,6 +34,7 @@ from fera_ext.training.interrupt import Interruption
 from fera_ext.training.journal import Journal
 from fera_ext.training.noising import process_of
 from fera_ext.training.settings import Settings
+from fera_ext.training.step import Step, check_speed, checkpoint_blocks
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -51,6 +53,7 @@ def run(settings: Settings, console: Console | None = None) -> int:
     files = find_images(settings.instance_data_dir)
     resume = checkpointing.locate(settings.resume_from_checkpoint, settings.output_dir)
     accelerator = _accelerator(settings)
+    check_speed(settings, accelerator.device, accelerator.num_processes)
     family = load_family(
         settings.pretrained_model_name_or_path,
         accelerator.device,
@@ -180,28 +183,14 @@ class Trainer:
         for layer in adapter.layers.values():
             layer.train()
         if settings.gradient_checkpointing:
-            try:
-                family.denoiser.enable_gradient_checkpointing()
-            except (AttributeError, ValueError) as error:
-                raise UsageError(f"gradient_checkpointing: {first_line(error)}") from error
-        self.parameters = list(adapter.parameters())
-        optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            weight_decay=settings.adam_weight_decay,
-            eps=settings.adam_epsilon,
-        )
+            checkpoint_blocks(family.denoiser, random=settings.lora_dropout > 0)
+        self.run_step = Step(settings, accelerator, family, adapter)
         self.schedule = get_scheduler(
             settings.lr_scheduler,
-            optimizer,
+            self.run_step.optimizer,
             num_warmup_steps=settings.lr_warmup_steps,
             num_training_steps=settings.max_train_steps,
         )
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.model = family.denoiser
-        if accelerator.num_processes > 1:
-            self.model = accelerator.prepare_model(family.denoiser)
         self.prompt = family.encode(settings.instance_prompt or "") if family.prompted else {}
         if not settings.validation_prompt:
             family.release_text_encoders()
@@ -224,7 +213,7 @@ class Trainer:
         """
         tensors = checkpointing.read_tensors(path)
         try:
-            self.optimizer.load_state_dict(tensors["optimizer"])
+            self.run_step.load_state_dict(tensors["optimizer"])
             self.schedule.load_state_dict(tensors["schedule"])
             if self.accelerator.scaler is not None and tensors["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(tensors["scaler"])
@@ -253,7 +242,7 @@ class Trainer:
         sums: list[Tensor] = []
         with Interruption() as interruption, journal:
             for batch in batches(folder, positions, s.dataloader_num_workers):
-                with accelerator.accumulate(self.model):
+                with accelerator.accumulate(self.run_step.model):
                     sums.append(self.micro_step(micro, batch))
                 micro += 1
                 if not accelerator.sync_gradients:
@@ -299,7 +288,7 @@ class Trainer:
     def _end_tracking(self) -> None:
         # DDP's reducer holds the process group. It goes while every rank is there: freed later, it can wait for a rank
         # that has left. And all ranks leave together, because one may still be saving.
-        self.model = self.family.denoiser
+        self.run_step.release()
         self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()
         try:
@@ -317,34 +306,15 @@ class Trainer:
         draw = (micro, accelerator.process_index)
         generator = torch.Generator().manual_seed(stream_seed(s.seed, NOISE, *draw))
         clean = family.to_latents(batch.pixels, generator)
-        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-        noised = self.process(clean, noise, generator)
-        call = (noised.latents, noised.timesteps, self.prompt, batch)
-        with accelerator.autocast():
-            base = None
-            if self.adapter.config.fecl_weight:
-                with torch.no_grad(), self.adapter.disabled():
-                    base = family.predict(family.denoiser, *call)
-            # After the base pass, so that the experts' dropout does not depend on what that one draws.
-            torch.manual_seed(stream_seed(s.seed, DROPOUT, *draw))
-            predicted = family.predict(self.model, *call)
-        gate = self.adapter.gate
-        assert gate is not None
-        errors = (predicted - noised.target).square().flatten(1).mean(1)
-        squared = (errors * noised.weight).mean()
-        fecl = torch.zeros_like(squared)
-        if base is not None:
-            # Its gradient grows like one over the experts' output, which is tiny at first; at full weight
-            # it would drown the squared error and fill the optimizer's second moments for long.
-            ramp = min(1.0, (self.step + 1) / (s.fecl_warmup_steps + 1))
-            fecl = ramp * self.adapter.fecl_loss(base, predicted, noised.target)
-        loss = squared + fecl
-        accelerator.backward(loss)
-        if accelerator.sync_gradients:
-            accelerator.clip_grad_norm_(self.parameters, s.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return torch.cat([torch.stack([loss, squared, fecl]), gate.mean(0)]).detach()
+        noise = to_device(torch.randn(clean.shape, generator=generator), clean.device)
+        return self.run_step(
+            self.process(clean, noise, generator),
+            family.condition(self.prompt, batch),
+            self.step,
+            stream_seed(s.seed, DROPOUT, *draw),
+            first=micro % s.gradient_accumulation_steps == 0,
+            last=accelerator.sync_gradients,
+        )
 
     def _record(self, journal: Journal, pending: list[tuple[int, Tensor, float]]) -> None:
         figures = self.accelerator.reduce(torch.stack([values for _, values, _ in pending]), "mean")
@@ -373,7 +343,7 @@ class Trainer:
                 self.step,
                 self.adapter,
                 {
-                    "optimizer": self.optimizer.state_dict(),
+                    "optimizer": self.run_step.state_dict(),
                     "schedule": self.schedule.state_dict(),
                     "scaler": scaler.state_dict() if scaler is not None else None,
                 },
@@ -402,8 +372,9 @@ class Trainer:
         """Images in the folder ``validation``, and as PIL images."""
         s = self.settings
         seeds = [stream_seed(s.seed, VALIDATION, i) for i in range(s.num_validation_images)]
-        denoiser = self.family.denoiser
-        denoiser.eval()
+        if self.family.packed:
+            self.adapter.latent_size = None  # as the pipeline's ids say
+        self.family.denoiser.eval()
         try:
             images = self.family.generate(
                 s.validation_prompt, len(seeds), s.resolution, s.validation_inference_steps, seeds

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fera_ext.training.data import to_device
 from fera_ext.training.errors import UsageError
 
 
@@ -59,7 +60,7 @@ class Diffusion:
 
     def __call__(self, clean: Tensor, noise: Tensor, generator: torch.Generator) -> Noised:
         count = self.scheduler.config.num_train_timesteps
-        steps = torch.randint(0, count, (len(clean),), generator=generator).to(clean.device)
+        steps = to_device(torch.randint(0, count, (len(clean),), generator=generator), clean.device)
         latents = self.scheduler.add_noise(clean, noise, steps)
         if self.kind == "epsilon":
             target = noise
@@ -116,7 +117,7 @@ class FlowMatching:
     def __call__(self, clean: Tensor, noise: Tensor, generator: torch.Generator) -> Noised:
         s = torch.sigmoid(torch.randn(len(clean), generator=generator))
         shift = self.shift(*clean.shape[-2:])
-        s = (shift * s / (1.0 + (shift - 1.0) * s)).to(clean.device)
+        s = to_device(shift * s / (1.0 + (shift - 1.0) * s), clean.device)
         mix = s.view(-1, *[1] * (clean.ndim - 1))
         latents = torch.lerp(clean, noise, mix)
         return Noised(latents, s * self.count, noise - clean, torch.ones_like(s))

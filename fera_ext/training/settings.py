@@ -64,6 +64,8 @@ class Settings:
     router_tau: float = 0.7
     fecl_weight: float = 0.1
     fecl_warmup_steps: int = 100
+    fecl_every: int = 1
+    fecl_share: float = 1.0
     target_modules: str | None = None
     learning_rate: float = 1e-4
     lr_scheduler: str = "constant"
@@ -79,6 +81,8 @@ class Settings:
     gradient_checkpointing: bool = False
     mixed_precision: str = "no"
     allow_tf32: bool = False
+    compile: bool = False
+    cuda_graph: bool = False
     seed: int = 0
     max_train_steps: int = 500
     checkpointing_steps: int = 500
@@ -93,7 +97,7 @@ class Settings:
     dataloader_num_workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "resolution"):
+        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "resolution", "fecl_every"):
             self._rule(name, getattr(self, name) >= 1, "at least 1")
         for name in (
             "checkpointing_steps",
@@ -112,6 +116,7 @@ class Settings:
             self._rule(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             self._rule(name, getattr(self, name) > 0, "positive")
+        self._rule("fecl_share", 0 < self.fecl_share <= 1, "in (0, 1]")
         if self.checkpoints_total_limit is not None:
             self._rule("checkpoints_total_limit", self.checkpoints_total_limit >= 1, "at least 1")
         if self.snr_gamma is not None:
@@ -123,6 +128,11 @@ class Settings:
             ("report_to", TRACKERS),
         ):
             self._rule(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        if self.cuda_graph:
+            self._rule("mixed_precision", self.mixed_precision != "fp16", "no or bf16 with cuda_graph")
+            if self.gradient_checkpointing:
+                # What is computed again would have to draw the same mask, and a graph's generator has no way back.
+                self._rule("lora_dropout", self.lora_dropout == 0, "0 with cuda_graph and gradient_checkpointing")
 
     def _rule(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -184,6 +194,8 @@ class Settings:
             "dataloader_num_workers",
             "gradient_checkpointing",
             "allow_tf32",
+            "compile",
+            "cuda_graph",
         }
         names = [f.name for f in fields(self) if f.name not in free and "validation" not in f.name]
         values = {name: getattr(self, name) for name in names}
