@@ -20,6 +20,7 @@ from fera_ext import ops, reference
 from fera_ext.bands import Bands
 from fera_ext.bench import (
     OPERATORS,
+    WHOLE,
     cases,
     peers_cufft,
     peers_published,
@@ -110,7 +111,10 @@ def test_16_bits(dtype: str) -> None:
 @pytest.mark.parametrize(
     "arguments,sentence",
     [
-        (["nonsense"], "operator must be one of band_energy, latent_gate, fecl_loss, expert_linear, got 'nonsense'"),
+        (
+            ["nonsense"],
+            "operator must be one of band_energy, latent_gate, fecl_loss, expert_linear, step, got 'nonsense'",
+        ),
         (["band_energy", "--shapes", "4x64"], "shapes must be default, all, or like 4x4x64x64"),
         (["band_energy", "--shapes", "4x4x0x64"], "got '4x4x0x64'"),
         (["band_energy", "--shapes", "4x4x64x513"], "heights and widths from 1 to 512, got '4x4x64x513'"),
@@ -156,7 +160,7 @@ def test_help_is_quick_and_lists_operators() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - start < 10  # without torch: under a second
-    assert all(name in done.stdout for name in OPERATORS)
+    assert all(name in done.stdout for name in OPERATORS | WHOLE)
 
 
 def test_shapes_and_bands() -> None:

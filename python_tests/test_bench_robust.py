@@ -6,7 +6,6 @@ import json
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,13 +165,13 @@ def test_a_lost_device_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("an illegal memory access")
 
     crash_at(monkeypatch, "rings(3)")
-    monkeypatch.setattr(runner, "_device_is_lost", lambda session: True)
+    monkeypatch.setattr(runner, "device_is_lost", lambda device: True)
     found = runner.measure_all(options(bands="dog,rings,custom", passes="forward"))
     assert {r["bands"] for r in found["rows"]} == {"dog(3)"}
     assert len(found["failed"]) == 1
     monkeypatch.undo()
     monkeypatch.setattr(runner, "synchronise", lost)
-    assert runner._device_is_lost(SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
+    assert runner.device_is_lost(torch.device("cpu"))
 
 
 def test_rows_are_kept_after_each_case(tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ OPERATORS = {
 }
 """Operators by name; each is the module ``fera_ext.bench.<name>``."""
 
+WHOLE = {"step": "training steps of whole diffusers models with clipping and AdamW, and sampling loops"}
+"""What is timed beside single operators, with options of its own (:mod:`fera_ext.bench.step`)."""
+
 _BANDS = ("FERA_BAND_VARIANT", ("auto", "cluster", "strips", "grid"))
 _VARIANTS = {"expert_linear": ("FERA_EXPERT_VARIANT", ("all", "auto", "tiles", "mma", "wgmma", "library"))}
 

@@ -97,7 +97,7 @@ class Options:
             chosen = tuple(p for p in chosen if not (quick and p == "compiled"))
         if compile_seconds is None:  # a budget is the better limit
             compile_seconds = COMPILE_SECONDS if budget is None else math.inf
-        kind = _one("dtype", dtype or ("bfloat16" if linear else "float32"), ("float32", "bfloat16", "float16"))
+        kind = one_of("dtype", dtype or ("bfloat16" if linear else "float32"), ("float32", "bfloat16", "float16"))
         return Options(
             operator,
             where,
@@ -115,7 +115,12 @@ class Options:
         )
 
 
-def _one(name: str, got: str, allowed: Sequence[str]) -> str:
+def one_of(name: str, got: str, allowed: Sequence[str]) -> str:
+    """``got``.
+
+    Raises:
+        ValueError: it is none of those allowed; the message names them.
+    """
     if got not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {got!r}")
     return got
@@ -125,7 +130,7 @@ def _subset(name: str, text: str | None, allowed: Sequence[str]) -> tuple[str, .
     """Names out of a comma-separated list, in the order of ``allowed``; "none" is the empty one."""
     if text is None:
         return None
-    wanted = [_one(name, part, (*allowed, "none")) for part in text.split(",")]
+    wanted = [one_of(name, part, (*allowed, "none")) for part in text.split(",")]
     return tuple(a for a in allowed if a in wanted)
 
 
@@ -138,7 +143,7 @@ def pick_device(asked: str) -> torch.device:
     from fera_ext._build_info import INFO
 
     usable = bool(torch.cuda.is_available() and INFO["operators_cuda"])
-    _one("device", asked, ("cpu", "cuda", "auto"))
+    one_of("device", asked, ("cpu", "cuda", "auto"))
     if asked == "cuda" and not usable:
         raise ValueError("device must be cpu without a GPU and a build with CUDA operators, got 'cuda'")
     return torch.device("cuda" if usable and asked != "cpu" else "cpu")

@@ -141,7 +141,7 @@ def plain(session: Session, layer: Layer, pass_name: str) -> Iterator[Contender 
         yield differentiable("compiled", compiled, layer.arguments, layer.leaves, pass_name, layer.dys, **more)
 
 
-def published_linear(x: Tensor, weight: Tensor, gate: Tensor, *pairs: Tensor) -> Tensor:
+def published_update(x: Tensor, gate: Tensor, *pairs: Tensor) -> Tensor:
     """One pair of linears an expert, the outputs stacked, weighted by the gate, summed.
 
     pairs: E times (r, in), then E times (out, r).
@@ -151,7 +151,12 @@ def published_linear(x: Tensor, weight: Tensor, gate: Tensor, *pairs: Tensor) ->
         F.linear(F.linear(x, pairs[m].to(x.dtype)), pairs[experts + m].to(x.dtype)) * SCALE for m in range(experts)
     ]
     weights = gate.to(x.dtype).view(*gate.shape, *[1] * (x.ndim - 1))
-    return F.linear(x, weight) + (torch.stack(outputs, dim=1) * weights).sum(dim=1)
+    return (torch.stack(outputs, dim=1) * weights).sum(dim=1)
+
+
+def published_linear(x: Tensor, weight: Tensor, gate: Tensor, *pairs: Tensor) -> Tensor:
+    """The frozen linear, without a bias, and :func:`published_update`."""
+    return F.linear(x, weight) + published_update(x, gate, *pairs)
 
 
 def published(layer: Layer, pass_name: str) -> Contender:

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ COLOURS = {
 """Okabe and Ito's, told apart with every kind of colour vision; bars stand in this order, forced variants after."""
 VARIANT_COLOURS = ("#56b4e9", "#999999", "#004488", "#882255", "#44aa99", "#ddcc77")
 """Of the operator's forced variants, in the order of their rows; around again after the last."""
-TIMES = ("warm_us", "cold_us", "eager_us")
+TIMES = ("warm_us", "cold_us", "eager_us", "ms")
 NOTE_WIDTH = 48
 """Characters; longer notes are folded."""
 WIDEST = 1000
@@ -70,12 +70,13 @@ def environment(device: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "cupy": None,
         "peft": None,
+        "diffusers": None,
         "fera_ext": fera_ext.__version__,
         "commit": commit(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
-    for package in ("cupy", "peft"):
+    for package in ("cupy", "peft", "diffusers"):
         if importlib.util.find_spec(package):
             from importlib.metadata import packages_distributions, version
 
@@ -144,14 +145,15 @@ def _compare_with_frozen(rows: list[dict[str, Any]]) -> None:
             row["goal_us"] = row["goal_ratio"] * base["warm_us"]["median"]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits or so."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _time(times: dict[str, Any] | None) -> str:
     if times is None:
         return ""
-    return f"{_number(times['median'])} [dim]{_number(times['p10'])}–{_number(times['p90'])}[/]"
+    return f"{number(times['median'])} [dim]{number(times['p10'])}–{number(times['p90'])}[/]"
 
 
 def _goal(row: dict[str, Any]) -> str:
@@ -180,19 +182,12 @@ def ratios(rows: Iterable[dict[str, Any]]) -> dict[int, float]:
 
 def render(result: dict[str, Any], console: Any) -> None:
     """Prints one table a shape, and the sentences below them."""
-    from rich.markup import escape
-
-    where, settings, floor = result["environment"], result["settings"], result["floor"]
+    settings, floor = result["settings"], result["floor"]
     rows = result["rows"]
     factor = ratios(rows)
     tables = [_table(shape, result, factor) for shape in dict.fromkeys(row["shape"] for row in rows)]
-    if not console.file.isatty():  # a log or a pipe has no width of its own
-        free = console.options.update(max_width=WIDEST)
-        console.width = max([console.width, *(console.measure(table, options=free).maximum for table in tables)])
-    for table in tables:
-        console.print(table)
-    seconds = f"{result['seconds']:.0f} s"
-    console.print(f"on {where['device']}, torch {where['torch']}, variant {settings['variant']}, {seconds}")
+    print_tables(tables, console)
+    print_below(result, console)
     for name, reason in dict.fromkeys((r["implementation"], r["absent"]) for r in rows if r["absent"]):
         console.print(f"without {name} where {reason}")
     if floor:
@@ -201,17 +196,35 @@ def render(result: dict[str, Any], console: Any) -> None:
             f"an empty kernel: {empty} µs; copy of {floor['copy_bytes'] >> 20} MiB: {floor['copy_gb_s']:.0f} GB/s; "
             + _floor_words(floor)
         )
-    else:
+    for row in rows:
+        if row["error"] is not None and not row["error"] <= settings["error_limit"]:
+            case = f"{row['shape']} {row.get('experts', row['bands'])} {row['pass']}"
+            console.print(f"[red]![/] {row['implementation']} at {case} {row['note']}")
+
+
+def print_tables(tables: list[Any], console: Any) -> None:
+    """Tables of one width, as wide as they need to be where nobody sees them on a terminal."""
+    if not console.file.isatty():  # a log or a pipe has no width of its own
+        free = console.options.update(max_width=WIDEST)
+        console.width = max([console.width, *(console.measure(table, options=free).maximum for table in tables)])
+    for table in tables:
+        console.print(table)
+
+
+def print_below(result: dict[str, Any], console: Any) -> None:
+    """Where the times are from, and what went wrong."""
+    from rich.markup import escape
+
+    where = result["environment"]
+    seconds = f"{result['seconds']:.0f} s"
+    console.print(f"on {where['device']}, torch {where['torch']}, variant {result['settings']['variant']}, {seconds}")
+    if where["gpu"] is None and result["floor"] is None:
         threads = where["threads"]
         console.print(f"no GPU in use: wall times on {threads} CPU threads alone; the GPU's columns are left out")
     if result["stopped"]:
         console.print("[yellow]![/] stopped: the rows measured until then")
     for crash in result["failed"]:
         console.print(f"[red]![/] failed: {crash['case']}: {escape(crash['error'])}")
-    for row in rows:
-        if row["error"] is not None and not row["error"] <= settings["error_limit"]:
-            case = f"{row['shape']} {row.get('experts', row['bands'])} {row['pass']}"
-            console.print(f"[red]![/] {row['implementation']} at {case} {row['note']}")
 
 
 def _table(shape: str, result: dict[str, Any], factor: dict[int, float]) -> Any:
@@ -256,10 +269,10 @@ def _table(shape: str, result: dict[str, Any], factor: dict[int, float]) -> Any:
             "graph,\ncold L2": _time(row["cold_us"]),
             "eager wall": _time(row["eager_us"]),
             "laun-\nches": "" if row["launches"] is None else str(row["launches"]),
-            "GB/s": "" if row["gb_s"] is None else _number(row["gb_s"]),
+            "GB/s": "" if row["gb_s"] is None else number(row["gb_s"]),
             "of\nfloor": "" if row["floor_share"] is None else f"{100 * row['floor_share']:.1f} %",
-            "peak\nMiB": _number(row["peak_bytes"] / 2**20) if row.get("peak_bytes") is not None else "",
-            "TFLOP/s": _number(row["tflop_s"]) if row.get("tflop_s") else "",
+            "peak\nMiB": number(row["peak_bytes"] / 2**20) if row.get("peak_bytes") is not None else "",
+            "TFLOP/s": number(row["tflop_s"]) if row.get("tflop_s") else "",
             "×\nfrozen": f"{row['frozen_ratio']:.2f}" if row.get("frozen_ratio") else "",
             "eager\n× frozen": f"{row['eager_frozen_ratio']:.2f}" if row.get("eager_frozen_ratio") else "",
             "× ours": f"{factor[id(row)]:.2f}" if id(row) in factor else "",
@@ -336,11 +349,45 @@ def why_no_plot(path: Path) -> str | None:
     return None
 
 
+Bar = tuple[str, str, str, dict[str, Any], bool, float | None]
+"""(panel, group, contender, its times, solid, goal)"""
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Bars of µs per call, a group a shape, a panel a band definition and pass, logarithmic.
 
     A solid bar is the time in a graph with a warm L2, a hatched one eager wall time, where there is no graph.
     A line over a group is the goal.
+    """
+    rows = [r for r in result["rows"] if r["warm_us"] or r["eager_us"]]
+    bars: list[Bar] = []
+    for row in rows:
+        times, solid = (row["warm_us"], True) if row["warm_us"] else (row["eager_us"], False)
+        panel = f"{result['operator']} {row['pass']}, {row.get('experts') or row['bands']}"
+        bars.append((panel, row["shape"], row["implementation"], times, solid, row["goal_us"] if solid else None))
+    present = list(dict.fromkeys(r["implementation"] for r in rows))
+    forced = [name for name in present if name not in COLOURS]
+    colours = COLOURS | {name: VARIANT_COLOURS[i % len(VARIANT_COLOURS)] for i, name in enumerate(forced)}
+    draw_bars(bars, colours, "µs per call", result, path)
+
+
+def draw_bars(
+    bars: Sequence[Bar],
+    colours: Mapping[str, str],
+    unit: str,
+    result: dict[str, Any],
+    path: Path,
+    scale: str = "log",
+) -> None:
+    """Draws bars with their 10th to 90th percentile, one panel below the other.
+
+    Args:
+        bars: in the order of their panels and groups.
+        colours: of the contenders, in the order of a group's bars.
+        unit: of the times.
+        result: where and when they were taken.
+        path: an .svg or .png.
+        scale: of the times' axis, ``log`` or ``linear``.
     """
     import matplotlib
 
@@ -348,43 +395,39 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     matplotlib.rcParams["svg.hashsalt"] = "fera_ext"  # the same file from the same numbers
-    rows = [r for r in result["rows"] if r["warm_us"] or r["eager_us"]]
-    panels = list(dict.fromkeys((r["pass"], r.get("experts") or r["bands"]) for r in rows))
-    shapes = list(dict.fromkeys(r["shape"] for r in rows))
-    present = list(dict.fromkeys(r["implementation"] for r in rows))
-    forced = [name for name in present if name not in COLOURS]
-    colours = COLOURS | {name: VARIANT_COLOURS[i % len(VARIANT_COLOURS)] for i, name in enumerate(forced)}
+    panels = list(dict.fromkeys(bar[0] for bar in bars))
+    groups = list(dict.fromkeys(bar[1] for bar in bars))
+    present = {bar[2] for bar in bars}
     names = [name for name in colours if name in present]
     across = 0.85 / max(1, len(names))
-    size = (max(6.0, 1.5 + 1.1 * len(shapes)), 0.8 + 2.6 * max(1, len(panels)))
+    size = (max(6.0, 1.5 + 1.1 * len(groups)), 0.8 + 2.6 * max(1, len(panels)))
     figure, axes = pyplot.subplots(max(1, len(panels)), 1, figsize=size, squeeze=False, layout="constrained")
     labels: dict[str, Any] = {}
     for axis, panel in zip(axes[:, 0], panels):
-        for row in (r for r in rows if (r["pass"], r.get("experts") or r["bands"]) == panel):
-            place, turn = shapes.index(row["shape"]), names.index(row["implementation"])
-            times, solid = (row["warm_us"], True) if row["warm_us"] else (row["eager_us"], False)
+        for _, group, name, times, solid, goal in (bar for bar in bars if bar[0] == panel):
+            place, turn = groups.index(group), names.index(name)
             x = place + (turn - (len(names) - 1) / 2) * across
             spread = [[times["median"] - times["p10"]], [times["p90"] - times["median"]]]
             bar = axis.bar(
                 x,
                 times["median"],
                 across * 0.92,
-                color=colours[row["implementation"]],
+                color=colours[name],
                 hatch=None if solid else "///",
                 edgecolor="white",
                 linewidth=0.4,
                 yerr=spread,
                 error_kw={"linewidth": 0.8, "ecolor": "#444444"},
             )
-            labels.setdefault(row["implementation"] + ("" if solid else ", eager wall"), bar)
-            if row["goal_us"] is not None and solid:
-                line = axis.hlines(row["goal_us"], place - 0.47, place + 0.47, colors="black", linewidth=1.4)
+            labels.setdefault(name + ("" if solid else ", eager wall"), bar)
+            if goal is not None:
+                line = axis.hlines(goal, place - 0.47, place + 0.47, colors="black", linewidth=1.4)
                 labels.setdefault("goal", line)
-        axis.set_yscale("log")
-        axis.set_title(f"{result['operator']} {panel[0]}, {panel[1]}", loc="left", fontsize=10)
-        axis.set_ylabel("µs per call")
-        axis.set_xlim(-0.6, len(shapes) - 0.4)
-        axis.set_xticks(range(len(shapes)), shapes, fontsize=8)
+        axis.set_yscale(scale)
+        axis.set_title(panel, loc="left", fontsize=10)
+        axis.set_ylabel(unit)
+        axis.set_xlim(-0.6, len(groups) - 0.4)
+        axis.set_xticks(range(len(groups)), groups, fontsize=8)
         axis.grid(axis="y", which="major", linewidth=0.4)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)

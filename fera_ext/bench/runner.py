@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,16 @@ from fera_ext.bench.timing import Spread, synchronise, wall
 Made = TypeVar("Made")
 
 
-def gpu_timer(options: Options) -> timing_cuda.GpuTimer | None:
+class Timed(Protocol):
+    """Options with a device and a number of samples."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def rounds(self) -> int: ...
+
+
+def gpu_timer(options: Timed) -> timing_cuda.GpuTimer | None:
     """The GPU's clocks, None on a CPU."""
     return timing_cuda.GpuTimer(options.device, options.rounds) if options.device.type == "cuda" else None
 
@@ -118,7 +127,8 @@ def out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error)
 
 
-def _line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """An error in one line."""
     if out_of_memory(error):
         return "out of memory"
     text = str(error).strip().splitlines()
@@ -189,7 +199,7 @@ def measure(case: Case, session: Session) -> tuple[list[Row], list[Counted]]:
         except Exception as error:
             if found.name == OURS and not out_of_memory(error):
                 raise
-            entry.note(_line(error))
+            entry.note(reason(error))
             continue
         if found.name == OURS:
             ours = answers
@@ -216,7 +226,7 @@ def measure(case: Case, session: Session) -> tuple[list[Row], list[Counted]]:
         elif name == OURS and not out_of_memory(failed[name]):
             raise failed[name]
         else:
-            entry.note(f"eager: {_line(failed[name])}")
+            entry.note(f"eager: {reason(failed[name])}")
     return rows, [(e.row, e.contender.call) for e in entries if e.contender.name not in failed]
 
 
@@ -242,7 +252,7 @@ def _captured(
         try:
             graphs[name] = timer.capture(entry.contender.call, calls[name], before)
         except RuntimeError as error:
-            entry.note(f"capture failed: {_line(error)}")
+            entry.note(f"capture failed: {reason(error)}")
     return graphs
 
 
@@ -257,7 +267,7 @@ def _gpu_times(entries: list[_Entry], timer: timing_cuda.GpuTimer, long: bool) -
             try:
                 entry.row["peak_bytes"] = timer.peak_bytes(entry.contender.call)
             except RuntimeError as error:
-                entry.note(f"peak memory: {_line(error)}")
+                entry.note(f"peak memory: {reason(error)}")
         with timer.shared_memory():
             rough = _rough(entries, timer)
         planned = timing_cuda.plan(rough, timer.rounds)
@@ -378,10 +388,10 @@ def measure_all(options: Options, console: Any = None, keep: Callable[[Result], 
                     rows += found
                     counted += calls
                 except Exception as error:
-                    failed.append(_crash(case_words(case), error))
+                    failed.append(crash(case_words(case), error))
                 if keep:
                     keep(result())
-                if failed and _device_is_lost(session):
+                if failed and device_is_lost(session.device):
                     break
             if session.timer:
                 _count_launches(counted, failed)
@@ -421,14 +431,15 @@ def case_words(case: Case) -> str:
     return f"{case.shape} {case.fields.get('experts', case.bands)} {case.pass_name}"
 
 
-def _crash(what: str, error: Exception) -> dict[str, str]:
-    return {"case": what, "error": _line(error), "traceback": "".join(traceback.format_exception(error))}
+def crash(what: str, error: Exception) -> dict[str, str]:
+    """An entry of a result's ``failed``."""
+    return {"case": what, "error": reason(error), "traceback": "".join(traceback.format_exception(error))}
 
 
-def _device_is_lost(session: Session) -> bool:
+def device_is_lost(device: torch.device) -> bool:
     """Whether an error has left the device unusable."""
     try:
-        synchronise(session.device)
+        synchronise(device)
     except Exception:
         return True
     return False
@@ -439,18 +450,25 @@ def _count_launches(counted: Sequence[Counted], failed: list[dict[str, str]]) ->
     try:
         counts = timing_cuda.launches([run for _, run in counted])
     except Exception as error:
-        failed.append(_crash("counting launches", error))
+        failed.append(crash("counting launches", error))
         return
     for (row, _), count in zip(counted, counts):
         row["launches"] = count
 
 
+@contextmanager
+def status(console: Any) -> Iterator[Callable[[str], None]]:
+    """A function that shows a sentence on the terminal's status line; nothing where there is no terminal."""
+    if console is None or not console.is_terminal:
+        yield lambda words: None
+        return
+    with console.status("") as line:
+        yield line.update
+
+
 def _shown(cases: list[Case], console: Any) -> Iterator[Case]:
     """The cases, the one at work on the terminal's status line."""
-    if console is None or not console.is_terminal:
-        yield from cases
-        return
-    with console.status("") as status:
+    with status(console) as tell:
         for index, case in enumerate(cases, 1):
-            status.update(f"{index} of {len(cases)}: {case_words(case)}")
+            tell(f"{index} of {len(cases)}: {case_words(case)}")
             yield case

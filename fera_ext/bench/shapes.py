@@ -86,6 +86,22 @@ LINEAR_GOALS: dict[Shape, dict[int, float]] = {
 }
 """GPU time of a bfloat16 step over the frozen linear's, by the stacked rank R, on one H200."""
 
+STEP_GOALS: dict[tuple[str, int, str], tuple[float, float | None]] = {
+    ("sdxl", 4, "eager"): (1.15, 0.85),
+    ("sdxl", 1, "eager"): (1.10, 0.55),
+    ("sdxl", 4, "graph"): (1.10, None),
+    ("sdxl", 1, "graph"): (1.18, None),
+    ("sd15", 4, "eager"): (1.15, None),
+    ("sd15", 4, "graph"): (1.12, None),
+    ("flux", 1, "graph"): (1.10, None),
+}
+"""A bfloat16 training step of 3 experts of rank 4 over the frozen model's and over PEFT's, on one H200, by model, batch
+and mode."""
+SAMPLING_GOALS: dict[tuple[str, int, str], tuple[float, float | None]] = {("sdxl", 1, "graph"): (1.08, None)}
+"""The same of a sampling loop with guidance."""
+FECL_FORWARDS = 1.05
+"""Frozen forwards that the consistency loss may add to a FeRA step."""
+
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
     """``4x4x64x64,1x14x4x72x128`` to tuples; ``default``, ``all`` and ``quick`` are lists.

@@ -50,6 +50,12 @@ def _batch(run: Run, calls: int, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def walls(run: Run, device: torch.device, rounds: int) -> list[float]:
+    """Microseconds of each of ``rounds`` calls, the device idle before and after."""
+    synchronise(device)
+    return [1e6 * _batch(run, 1, device) for _ in range(rounds)]
+
+
 def _nothing_around(_: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
