@@ -8,6 +8,8 @@
 #include "expert_linear/fused.h"
 #include "expert_linear/fused_host.h"
 #include "expert_linear/fused_pack.cuh"
+#include "expert_linear/fused_sums.h"
+#include "expert_linear/operands.h"
 #include "expert_linear/skinny.h"
 #include "expert_linear/wide.h"
 
@@ -21,6 +23,7 @@ bool encode(FusedMaps* maps, int i, const Product& p) {
   constexpr int kShare = kN / kCluster;
   return encode_rows(&maps->x[i], t, p.x.data, p.depth, p.rows, p.x.stride, 64, kFusedRows) &&
          (kInside == 0 ? encode_rows(&maps->u[i], t, p.u, p.rank, p.rows, p.rank, 64, kFusedRows)
+          : kNMajor    ? encode_rows(&maps->u[i], t, p.inside.a, kInside, p.depth, kInside, 64, kFusedDepth)
                        : encode_rows(&maps->u[i], t, p.inside.a, p.depth, kInside, p.depth, 64, kInside)) &&
          encode_rows(&maps->y[i], t, p.y.data, p.columns, p.rows, p.y.stride, 32, 64) &&
          (kNMajor ? encode_rows(&maps->w[i], t, p.weight.data, p.columns, p.depth, stride, 64, 64) &&
@@ -30,7 +33,7 @@ bool encode(FusedMaps* maps, int i, const Product& p) {
 }
 
 template <class T, int kN, bool kNMajor, int kCluster, int kInside = 0>
-fera_status launch(const char* op, const Products& p, cudaStream_t stream) {
+fera_status launch(const char* op, const Products& p, bool follows, cudaStream_t stream) {
   using Size = FusedSize<kN, kNMajor, kInside>;
   FusedMaps maps;
   FusedShape<T> shape{};
@@ -56,33 +59,39 @@ fera_status launch(const char* op, const Products& p, cudaStream_t stream) {
   shape.tiles = shape.row_tiles * shape.column_tiles;
   const auto kernel = fused_product<T, kN, kNMajor, kCluster, kInside>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Size::bytes);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = kCluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = kCluster;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(std::min(hopper() / kCluster, shape.tiles) * kCluster);
   config.blockDim = dim3(kFusedThreads);
   config.dynamicSmemBytes = Size::bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = follows && overlap_wished() ? 2 : 1;
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, maps, shape);
   return launch_status(op);
 }
 
 // Widths of tiles there are kernels for.
-template <int kCluster, bool kInside>
+template <int kCluster, bool kInside, bool kNMajor>
 struct Widths {
   using type = std::integer_sequence<int, 192, 160>;
 };
-template <>
-struct Widths<2, false> {
+template <bool kNMajor>
+struct Widths<2, false, kNMajor> {
   using type = std::integer_sequence<int, 256, 224, 192, 160, 128>;
 };
 template <>
-struct Widths<2, true> {  // an instruction has at most 256 columns, those of h with them
+struct Widths<2, true, false> {  // an instruction has at most 256 columns, those of h with them
   using type = std::integer_sequence<int, 224, 192, 160, 128>;
+};
+template <int kCluster>
+struct Widths<kCluster, true, true> {
+  using type = std::integer_sequence<int, 192, 128>;
 };
 
 // Of the widths the one that takes least time by the waves of blocks it makes. A wave took 1.05 us and 4.8e-5 us for
@@ -108,11 +117,12 @@ int tile_columns(const Products& p, int cluster, int inside, std::integer_sequen
 }
 
 template <class T, bool kNMajor, int kCluster, int kInside, int... kWidths>
-fera_status launch_width(const char* op, const Products& p, cudaStream_t stream,
+fera_status launch_width(const char* op, const Products& p, bool follows, cudaStream_t stream,
                          std::integer_sequence<int, kWidths...> widths) {
   const int columns = tile_columns(p, kCluster, kInside, widths);
   fera_status status = FERA_OK;
-  ((columns == kWidths && (status = launch<T, kWidths, kNMajor, kCluster, kInside>(op, p, stream), true)) || ...);
+  ((columns == kWidths && (status = launch<T, kWidths, kNMajor, kCluster, kInside>(op, p, follows, stream), true)) ||
+   ...);
   return status;
 }
 
@@ -123,17 +133,19 @@ fera_status either(bool first, F f) {
 }
 
 template <class T>
-fera_status launch_products(const char* op, const Products& p, cudaStream_t stream) {
+fera_status launch_products(const char* op, const Products& p, bool follows, cudaStream_t stream) {
   const Product& first = p.member[0];
   // Where the loop over k is short, two blocks that wait for each other cost more than the loads they share.
   return either<1, 2>(first.depth <= 384, [&](auto cluster) {
-    constexpr int kCluster = decltype(cluster)::value;
-    using Outside = typename Widths<kCluster, false>::type;
-    using With = typename Widths<kCluster, true>::type;
-    if (first.n_major) return launch_width<T, true, kCluster, 0>(op, p, stream, Outside{});
-    if (first.inside.a == nullptr) return launch_width<T, false, kCluster, 0>(op, p, stream, Outside{});
-    return either<16, 32>(first.rank == 16, [&](auto rank) {
-      return launch_width<T, false, kCluster, decltype(rank)::value>(op, p, stream, With{});
+    return either<1, 0>(first.n_major, [&](auto n_major) {
+      constexpr int kCluster = decltype(cluster)::value;
+      constexpr bool kNMajor = decltype(n_major)::value != 0;
+      using Outside = typename Widths<kCluster, false, kNMajor>::type;
+      using With = typename Widths<kCluster, true, kNMajor>::type;
+      if (first.inside.a == nullptr) return launch_width<T, kNMajor, kCluster, 0>(op, p, follows, stream, Outside{});
+      return either<16, 32>(first.rank == 16, [&](auto rank) {
+        return launch_width<T, kNMajor, kCluster, decltype(rank)::value>(op, p, follows, stream, With{});
+      });
     });
   });
 }
@@ -169,8 +181,9 @@ struct FusedLayout {
 FusedLayout<fera_expert_update_args> layout(const fera_expert_update_args& a, bool inside, void* base) {
   return {a, inside ? 0 : skinny_workspace(a), base};
 }
-FusedLayout<fera_expert_update_backward_args> layout(const fera_expert_update_backward_args& a, void* base) {
-  return {a, skinny_workspace(a), base};
+FusedLayout<fera_expert_update_backward_args> layout(const fera_expert_update_backward_args& a, bool inside,
+                                                     void* base) {
+  return {a, inside ? sums_workspace(a) : skinny_workspace(a), base};
 }
 
 // A as (rank, in) and B as (out, rank), in x's dtype.
@@ -183,14 +196,55 @@ Pack pack_b(const fera_experts& e, void* to) {
   return {e.lora_b, e.b_dtype == FERA_F32, stacked, out, stacked, out, padded(e), to};
 }
 
+Inside inside_of(const fera_experts& e, const void* narrow, void* h) {
+  return {narrow,
+          static_cast<const float*>(e.gate),
+          static_cast<int>(e.rows_per_gate),
+          e.experts,
+          e.rank,
+          static_cast<float>(e.scale),
+          h};
+}
+
+// The product of a call and the weights to pack for it; u where its own kernel will write it.
+void plan(const fera_expert_update_args& a, bool inside, void* workspace, Packs* packs, Product* p) {
+  const fera_experts& e = a.experts;
+  const auto l = layout(a, inside, workspace);
+  *p = {a.x, a.weight, a.y, false, a.bias, nullptr, l.b16, e.tokens, e.out, e.in, padded(e), {}};
+  packs->piece[packs->pieces++] = pack_b(e, l.b16);
+  if (inside) {
+    packs->piece[packs->pieces++] = pack_a(e, l.a16);
+    p->inside = inside_of(e, l.a16, a.h);
+  } else {
+    p->u = skinny_gated(a, l.skinny);
+  }
+}
+void plan(const fera_expert_update_backward_args& a, bool inside, void* workspace, Packs* packs, Product* p) {
+  const fera_experts& e = a.experts;
+  const auto l = layout(a, inside, workspace);
+  *p = {a.dy, a.weight, a.dx, true, nullptr, nullptr, l.a16, e.tokens, e.in, e.out, padded(e), {}};
+  if (a.dx.data != nullptr) packs->piece[packs->pieces++] = pack_a(e, l.a16);
+  if (inside) {
+    packs->piece[packs->pieces++] = pack_b(e, l.b16);
+    p->inside = inside_of(e, l.b16, sums_hidden(a, l.skinny));
+  } else {
+    p->u = skinny_gated(a, l.skinny);
+  }
+}
+
+// The kernels that make u, where the product does not.
+template <class Args>
+fera_status before(const Args& a, void* workspace, bool follows, const fera_context* context) {
+  fera_context own = *context;
+  own.workspace = layout(a, false, workspace).skinny;
+  return skinny_before(a, follows, &own);
+}
+
 }  // namespace
 
-fera_status launch_products(const char* op, const Products& p, cudaStream_t stream) {
-  return p.member[0].x.dtype == FERA_BF16 ? launch_products<Bfloat>(op, p, stream)
-                                          : launch_products<Half>(op, p, stream);
-}
-fera_status launch_product(const char* op, const Product& p, cudaStream_t stream) {
-  return launch_products(op, {1, false, {p}}, stream);
+fera_status launch_products(const char* op, const Products& p, bool follows, cudaStream_t stream) {
+  return p.member[0].x.dtype == FERA_BF16 ? launch_products<Bfloat>(op, p, follows, stream)
+                                          : launch_products<Half>(op, p, follows, stream);
 }
 
 const char* fused_refuses(const fera_expert_update_args& a) {
@@ -217,87 +271,87 @@ bool fused_inside(const fera_expert_update_args& a) {
   return 2 * x * static_cast<double>(e.out) * padded(e) / 200 / 7e14 < 5e-6 + 2 * x / 2.8e12;
 }
 
+// Backward, inside saves a pass over dy and the wait between three kernels, about 10 us; its tiles are narrower than
+// the best, which costs more the more the product does (H200: it wins by 7 to 10 us at 16384 x 640 x 640 and 4096 x
+// 1280 x 1280, and loses 18 of 360 us at 16384 x 2432 x 2432).
+bool fused_inside(const fera_expert_update_backward_args& a) {
+  const fera_experts& e = a.experts;
+  if (a.dx.data == nullptr || !sums_take(e) || repeats(a.x, e.in)) return false;
+  const char* forced = std::getenv("FERA_EXPERT_INSIDE");
+  if (forced != nullptr && *forced != 0) return *forced == '1';
+  const double product = static_cast<double>(e.tokens) * static_cast<double>(e.out) * static_cast<double>(e.in);
+  return 2 * product * padded(e) / 192 / 7e14 < 5e-6;
+}
+
 size_t fused_workspace(const fera_expert_update_args& a, bool inside) { return layout(a, inside, nullptr).bytes; }
+size_t fused_workspace(const fera_expert_update_backward_args& a, bool inside) {
+  return layout(a, inside, nullptr).bytes;
+}
 size_t fused_workspace(const fera_expert_update_args& a) {
   return wide_ranks(a.experts) ? wide_workspace(a) : fused_workspace(a, fused_inside(a));
 }
 size_t fused_workspace(const fera_expert_update_backward_args& a) {
-  return wide_ranks(a.experts) ? wide_workspace(a) : layout(a, nullptr).bytes;
+  return wide_ranks(a.experts) ? wide_workspace(a) : fused_workspace(a, fused_inside(a));
 }
 
-fera_status fused_before(const fera_expert_update_args& a, bool inside, const fera_context* context, Packs* packs,
-                         Product* p) {
-  const fera_experts& e = a.experts;
-  const auto l = layout(a, inside, context->workspace);
-  *p = {a.x, a.weight, a.y, false, a.bias, nullptr, l.b16, e.tokens, e.out, e.in, padded(e), {}};
-  packs->piece[packs->pieces++] = pack_b(e, l.b16);
-  if (inside) {
-    packs->piece[packs->pieces++] = pack_a(e, l.a16);
-    p->inside = {l.a16,
-                 static_cast<const float*>(e.gate),
-                 static_cast<int>(e.rows_per_gate),
-                 e.experts,
-                 e.rank,
-                 static_cast<float>(e.scale),
-                 a.h};
-    return FERA_OK;
+fera_status fused_members(const char* op, int members, const Call<fera_expert_update_args>* calls, bool inside,
+                          const fera_context* context) {
+  const cudaStream_t stream = stream_of(context);
+  Packs packs{};
+  Products products{members, false, {}};
+  for (int i = 0; i < members; ++i) plan(*calls[i].args, inside, calls[i].workspace, &packs, &products.member[i]);
+  launch_pack(products.member[0].x.dtype, packs, stream);
+  for (int i = 0; i < members && !inside; ++i)
+    FERA_RETURN_IF_ERROR(before(*calls[i].args, calls[i].workspace, true, context));
+  return launch_products(op, products, true, stream);
+}
+
+fera_status fused_members(const char* op, int members, const Call<fera_expert_update_backward_args>* calls, bool inside,
+                          const fera_context* context) {
+  const cudaStream_t stream = stream_of(context);
+  Packs packs{};
+  Products products{members, true, {}};
+  const fera_expert_update_backward_args* args[FERA_MAX_GROUP];
+  void* sums[FERA_MAX_GROUP];
+  for (int i = 0; i < members; ++i) {
+    args[i] = calls[i].args;
+    sums[i] = layout(*args[i], inside, calls[i].workspace).skinny;
+    plan(*args[i], inside, calls[i].workspace, &packs, &products.member[i]);
   }
-  Gated gated{};
-  fera_context own = *context;
-  own.workspace = l.skinny;
-  FERA_RETURN_IF_ERROR(skinny_down(a, &own, &gated));
-  p->u = gated.rows;
-  return FERA_OK;
-}
-
-fera_status fused_before(const fera_expert_update_backward_args& a, const fera_context* context, Packs* packs,
-                         Product* p) {
-  const fera_experts& e = a.experts;
-  const auto l = layout(a, context->workspace);
-  *p = {a.dy, a.weight, a.dx, true, nullptr, nullptr, l.a16, e.tokens, e.in, e.out, padded(e), {}};
-  if (a.dx.data != nullptr) packs->piece[packs->pieces++] = pack_a(e, l.a16);
-  Gated gated{};
-  fera_context own = *context;
-  own.workspace = l.skinny;
-  FERA_RETURN_IF_ERROR(skinny_across(a, &own, &gated));
-  p->u = gated.rows;
-  return FERA_OK;
+  const bool packed = packs.pieces > 0;
+  if (packed) launch_pack(products.member[0].x.dtype, packs, stream);
+  for (int i = 0; i < members && !inside; ++i)
+    FERA_RETURN_IF_ERROR(before(*args[i], calls[i].workspace, packed || i > 0, context));
+  if (products.member[0].y.data == nullptr) return launch_status(op);
+  FERA_RETURN_IF_ERROR(launch_products(op, products, true, stream));
+  return inside ? launch_sums(op, members, args, sums, stream) : FERA_OK;
 }
 
 fera_status fused_launch(const fera_expert_update_args& a, const fera_context* context) {
+  const char* op = "expert_update";
   const fera_experts& e = a.experts;
-  const cudaStream_t stream = stream_of(context);
-  if (wide_ranks(e)) {
-    LowRank term{};
-    FERA_RETURN_IF_ERROR(wide_down(a, context, &term));
-    return launch_product("expert_update",
-                          {a.x, a.weight, a.y, false, a.bias, term.u, term.v, e.tokens, e.out, e.in, term.rank, {}},
-                          stream);
+  if (!wide_ranks(e)) {
+    const Call<fera_expert_update_args> call{&a, context->workspace};
+    return fused_members(op, 1, &call, fused_inside(a), context);
   }
-  Packs packs{};
-  Product product{};
-  FERA_RETURN_IF_ERROR(fused_before(a, fused_inside(a), context, &packs, &product));
-  launch_pack(a.x.dtype, packs, stream);
-  return launch_product("expert_update", product, stream);
+  LowRank term{};
+  FERA_RETURN_IF_ERROR(wide_down(a, context, &term));
+  const Product product{a.x, a.weight, a.y, false, a.bias, term.u, term.v, e.tokens, e.out, e.in, term.rank, {}};
+  return launch_products(op, {1, false, {product}}, true, stream_of(context));
 }
 
 fera_status fused_launch(const fera_expert_update_backward_args& a, const fera_context* context) {
+  const char* op = "expert_update_backward";
   const fera_experts& e = a.experts;
-  const cudaStream_t stream = stream_of(context);
-  if (wide_ranks(e)) {
-    LowRank term{};
-    FERA_RETURN_IF_ERROR(wide_across(a, context, &term));
-    if (a.dx.data == nullptr) return FERA_OK;
-    return launch_product("expert_update_backward",
-                          {a.dy, a.weight, a.dx, true, nullptr, term.u, term.v, e.tokens, e.in, e.out, term.rank, {}},
-                          stream);
+  if (!wide_ranks(e)) {
+    const Call<fera_expert_update_backward_args> call{&a, context->workspace};
+    return fused_members(op, 1, &call, fused_inside(a), context);
   }
-  Packs packs{};
-  Product product{};
-  FERA_RETURN_IF_ERROR(fused_before(a, context, &packs, &product));
-  if (a.dx.data == nullptr) return launch_status("expert_update_backward");
-  launch_pack(a.x.dtype, packs, stream);
-  return launch_product("expert_update_backward", product, stream);
+  LowRank term{};
+  FERA_RETURN_IF_ERROR(wide_across(a, context, &term));
+  if (a.dx.data == nullptr) return FERA_OK;
+  const Product product{a.dy, a.weight, a.dx, true, nullptr, term.u, term.v, e.tokens, e.in, e.out, term.rank, {}};
+  return launch_products(op, {1, false, {product}}, true, stream_of(context));
 }
 
 }  // namespace fera::cuda

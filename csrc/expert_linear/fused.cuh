@@ -1,8 +1,12 @@
 // y = x W + bias + u V in one kernel (sm_90a): the low-rank term is the last blocks of the base product's loop over k.
 // Forward: W is the base weight read along k, V is B. Backward: dx = dy W + (gate scale dh) A, both read along n.
-// kInside = 16 or 32 (R padded), forward: h too is made here. A lies beside W as further columns of each product, so
-// that x is read once for both; at the end of the loop the block scales its rows of h by the gate and multiplies them
-// by B. Every column tile makes h again, and the first of a member writes it. kInside = 0: u comes from another kernel.
+// kInside = 16 or 32 (R padded): h too is made here. A lies beside W as further columns of each product, so that x is
+// read once for both; at the end of the loop the block scales its rows of h by the gate and multiplies them by B. Every
+// column tile makes h again, and the first of a member writes it. Backward the same with dh, and B and A in each
+// other's place. kInside = 0: u comes from another kernel.
+//
+// The kernel may start while the one before it still runs: it waits for that one before it reads u, or the packed A and
+// B, so that x and W are under way by then; nothing is written before.
 //
 // Members are linears of one input (q, k, v): forward their columns lie side by side, a tile belongs to one; backward
 // (summed) their products follow one another in the loop over k, and dx is written once.
@@ -33,7 +37,7 @@ struct Hidden {
   const float* gate;
   int rows_per_gate, experts, rank;
   float scale;
-  void* h;  // (T, R) in x's dtype
+  void* h;  // forward: (T, R) in x's dtype; backward, or NULL: dh, (T, kInside) in float32
 };
 
 template <class T>
@@ -57,11 +61,11 @@ struct FusedTile {
 
 template <int kN, bool kNMajor, int kInside>
 struct FusedSize {
-  static_assert(kInside == 0 || !kNMajor, "h is made forward");
+  static_assert(kInside == 0 || !kNMajor || kN % 64 == 0, "n-major, the narrow columns are a box of their own");
   static constexpr int x_bytes = kFusedRows * kFusedDepth * 2;
   static constexpr int boxes = (kN + 63) / 64;  // n-major: of 64 columns
   static constexpr int w_bytes = kNMajor ? boxes * 64 * kFusedDepth * 2 : kN * kFusedDepth * 2;
-  static constexpr int narrow_bytes = kInside * kFusedDepth * 2;
+  static constexpr int narrow_bytes = kInside == 0 ? 0 : (kNMajor ? 64 : kInside) * kFusedDepth * 2;
   static constexpr int stage = x_bytes + w_bytes + narrow_bytes;
   static constexpr int staging = 2 * 2 * 64 * 64 * 2;  // of each warpgroup, two pieces of 64 columns
   static constexpr int stages = (kFusedShared - 1024 - 256 - staging) / stage;
@@ -103,9 +107,9 @@ struct Factors {
   }
 };
 
-// h of the same rows and columns, the end of `sum`: rounded, written where it is wanted, and as the operand gate scale
-// h put into the shared rows `to` (64 of 128 bytes, swizzled).
-template <class T, int kInside, int kCount>
+// h of the same rows and columns, the end of `sum`: rounded (dh is not), written where it is wanted, and as the operand
+// gate scale h put into the shared rows `to` (64 of 128 bytes, swizzled).
+template <class T, bool kBack, int kInside, int kCount>
 __device__ inline void hidden_rows(const Hidden& hidden, const Factors<kInside>& factors, const float (&sum)[kCount],
                                    int row, int rows, int place, uint32_t to, int lane, bool write) {
   constexpr int kOffset = kCount - kInside / 2;
@@ -116,12 +120,15 @@ __device__ inline void hidden_rows(const Hidden& hidden, const Factors<kInside>&
 #pragma unroll
     for (int n = 0; n < kInside / 8; ++n) {
       const int q = n * 8 + 2 * (lane % 4);
-      const uint32_t h = pack<T>(sum[kOffset + n * 4 + half * 2], sum[kOffset + n * 4 + half * 2 + 1]);
-      const float2 v = unpack<T>(h);
+      float2 v = make_float2(sum[kOffset + n * 4 + half * 2], sum[kOffset + n * 4 + half * 2 + 1]);
+      if constexpr (!kBack) v = unpack<T>(pack<T>(v.x, v.y));
       const uint32_t packed = pack<T>(v.x * factors.at[half][n][0], v.y * factors.at[half][n][1]);
       asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + r * 128 + ((n ^ r % 8) * 16) + lane % 4 * 4), "r"(packed)
                    : "memory");
-      if (write && t < rows) {
+      if (!write || t >= rows) continue;
+      if constexpr (kBack) {
+        *reinterpret_cast<float2*>(static_cast<float*>(hidden.h) + static_cast<int64_t>(t) * kInside + q) = v;
+      } else {
         T* out = static_cast<T*>(hidden.h) + static_cast<int64_t>(t) * stacked + q;
         if (q < stacked) out[0] = narrow<T>(v.x);
         if (q + 1 < stacked) out[1] = narrow<T>(v.y);
@@ -151,6 +158,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     publish_shared();
   }
+  let_next_start();
   __syncwarp();  // what one lane did is behind its warp before the aligned barriers
   if constexpr (kCluster == 1)
     __syncthreads();
@@ -161,6 +169,11 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {
       int stage = 0;
+      bool waited = false;
+      auto wait_once = [&] {
+        if (!waited) wait_for_previous();
+        waited = true;
+      };
       uint32_t parity = 1;  // a fresh barrier counts as having completed the phase before its first
       for (int index = cluster; index < shape.tiles; index += clusters) {
         const FusedTile tile = fused_tile<kN, kCluster>(shape, index, rank);
@@ -173,15 +186,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
             const CUtensorMap& right = lowrank ? maps.v[member] : maps.w[member];
             const uint32_t to = base + stage * Size::stage, barrier = full + stage * 8;
             barrier_wait(empty + stage * 8, parity);
-            if constexpr (kInside == 0) {
-              barrier_expect(barrier, Size::stage);
-              load_box<1>(to, lowrank ? maps.u[member] : maps.x[member], k, tile.row, barrier);
+            barrier_expect(barrier, kInside > 0 && lowrank ? Size::w_bytes : Size::stage);
+            if (lowrank) {
+              wait_once();
+              if constexpr (kInside == 0) load_box<1>(to, maps.u[member], k, tile.row, barrier);
             } else {
-              barrier_expect(barrier, lowrank ? Size::w_bytes : Size::stage);
-              if (!lowrank) {
-                load_box<1>(to, maps.x[member], k, tile.row, barrier);
-                load_box<1>(to + Size::x_bytes + Size::w_bytes, maps.u[member], k, 0, barrier);
-              }
+              load_box<1>(to, maps.x[member], k, tile.row, barrier);
             }
             if constexpr (kNMajor) {
 #pragma unroll
@@ -192,6 +202,13 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
               constexpr int kShare = kN / kCluster;
               load_box<kCluster>(to + Size::x_bytes + rank * kShare * 128, right, k, tile.column + rank * kShare,
                                  barrier);
+            }
+            if constexpr (kInside > 0) {
+              if (!lowrank) {
+                wait_once();
+                load_box<1>(to + Size::x_bytes + Size::w_bytes, maps.u[member], kNMajor ? 0 : k, kNMajor ? k : 0,
+                            barrier);
+              }
             }
             if (++stage == kStages) stage = 0, parity ^= 1;
           }
@@ -253,11 +270,21 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
           release(before);
           before = -1;
           barrier_wait(full + stage * 8, parity);  // V; x's place in this stage is free
-          hidden_rows<T, kInside>(shape.hidden[member], factors, sum, tile.row + half * 64 + place, shape.rows, place,
-                                  base + stage * Size::stage + half * 64 * 128, lane, tile.column == 0);
+          const Hidden& hidden = shape.hidden[member];
+          hidden_rows<T, kNMajor>(hidden, factors, sum, tile.row + half * 64 + place, shape.rows, place,
+                                  base + stage * Size::stage + half * 64 * 128, lane,
+                                  tile.column == 0 && hidden.h != nullptr);
           publish_shared();
           warpgroup_meet(1 + half);
           multiply(std::false_type{}, kInside / 16, true);
+          if constexpr (kNMajor) {  // the next member has a dh of its own
+            if (member + 1 < tile.last) {
+              products_wait<0>();
+              pin(sum);
+#pragma unroll
+              for (int i = kN / 2; i < kWhole / 2; ++i) sum[i] = 0;
+            }
+          }
         }
       }
       products_wait<0>();

@@ -5,15 +5,15 @@
 
 #include "expert_linear/expert_linear.h"
 #include "expert_linear/fused.h"
-#include "expert_linear/fused_pack.cuh"
 #include "expert_linear/wide.h"
 
 namespace fera {
 namespace cuda {
 namespace {
 
-// Whether every member's h is made inside the product: one kernel makes them, of one padded rank.
-bool group_inside(const fera_expert_group_args& g) {
+// Whether every member's h (dh) is made inside the product: one kernel makes them, of one padded rank.
+template <class Group>
+bool group_inside(const Group& g) {
   const auto small = [](const fera_experts& e) { return int64_t{e.experts} * e.rank <= 16; };
   for (int i = 1; i < g.members; ++i)
     if (small(g.member[i].experts) != small(g.member[0].experts)) return false;
@@ -21,8 +21,10 @@ bool group_inside(const fera_expert_group_args& g) {
 }
 
 // A member's share of the workspace.
-size_t share(const fera_expert_group_args& g, int i) { return align256(fused_workspace(g.member[i], group_inside(g))); }
-size_t share(const fera_expert_group_backward_args& g, int i) { return align256(fused_workspace(g.member[i])); }
+template <class Group>
+size_t share(const Group& g, int i) {
+  return align256(fused_workspace(g.member[i], group_inside(g)));
+}
 
 // Of arguments that are not checked yet.
 template <class Group>
@@ -33,12 +35,15 @@ size_t group_bytes(const Group& g) {
   return bytes;
 }
 
-// The context of a member, with its piece of the workspace at `at`.
-fera_context member_context(const fera_context* whole, size_t at, size_t bytes) {
-  fera_context context = *whole;
-  context.workspace = static_cast<char*>(whole->workspace) + at;
-  context.workspace_bytes = bytes;
-  return context;
+template <class Args, class Group>
+fera_status run(const char* op, const Group& g, const fera_context* context) {
+  Call<Args> calls[FERA_MAX_GROUP];
+  char* at = static_cast<char*>(context->workspace);
+  for (int i = 0; i < g.members; ++i) {
+    calls[i] = {&g.member[i], at};
+    at += share(g, i);
+  }
+  return fused_members(op, g.members, calls, group_inside(g), context);
 }
 
 }  // namespace
@@ -88,19 +93,7 @@ extern "C" fera_status fera_expert_group_cuda(const fera_expert_group_args* g, c
   const char* op = "expert_group";
   FERA_RETURN_IF_ERROR(check_group(op, *g));
   FERA_RETURN_IF_ERROR(check_workspace(op, context, expert_group_workspace_cuda(*g)));
-  const cudaStream_t stream = stream_of(context);
-  Products products{g->members, false, {}};
-  Packs packs{};
-  const bool inside = group_inside(*g);
-  size_t at = 0;
-  for (int i = 0; i < g->members; ++i) {
-    const size_t bytes = share(*g, i);
-    const fera_context own = member_context(context, at, bytes);
-    at += bytes;
-    FERA_RETURN_IF_ERROR(fused_before(g->member[i], inside, &own, &packs, &products.member[i]));
-  }
-  launch_pack(g->member[0].x.dtype, packs, stream);
-  return launch_products(op, products, stream);
+  return run<fera_expert_update_args>(op, *g, context);
 }
 
 extern "C" fera_status fera_expert_group_backward_cuda(const fera_expert_group_backward_args* g,
@@ -112,17 +105,5 @@ extern "C" fera_status fera_expert_group_backward_cuda(const fera_expert_group_b
   for (int i = 1; i < g->members; ++i)
     FERA_CHECK(op, g->member[i].dx.data == g->member[0].dx.data, "dx", "that of the first member", "another");
   FERA_RETURN_IF_ERROR(check_workspace(op, context, expert_group_backward_workspace_cuda(*g)));
-  const cudaStream_t stream = stream_of(context);
-  Products products{g->members, true, {}};
-  Packs packs{};
-  size_t at = 0;
-  for (int i = 0; i < g->members; ++i) {
-    const size_t bytes = share(*g, i);
-    const fera_context own = member_context(context, at, bytes);
-    at += bytes;
-    FERA_RETURN_IF_ERROR(fused_before(g->member[i], &own, &packs, &products.member[i]));
-  }
-  if (g->member[0].dx.data == nullptr) return launch_status(op);
-  launch_pack(g->member[0].x.dtype, packs, stream);
-  return launch_products(op, products, stream);
+  return run<fera_expert_update_backward_args>(op, *g, context);
 }

@@ -23,6 +23,7 @@ struct Packs {
 // grid (blocks of the largest piece, pieces)
 template <class T>
 __global__ void __launch_bounds__(kPackThreads) pack_pieces(const __grid_constant__ Packs packs) {
+  let_next_start();
   const Pack& p = packs.piece[blockIdx.y];
   const int at = blockIdx.x * kPackThreads + threadIdx.x;
   if (at >= p.rows * p.columns) return;

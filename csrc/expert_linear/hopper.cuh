@@ -49,6 +49,11 @@ __device__ inline int cluster_rank() {
 }
 // The 128 threads of a warpgroup; ids from 1 (0 is __syncthreads).
 __device__ inline void warpgroup_meet(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+// Likewise kThreads threads, whole warps.
+template <int kThreads>
+__device__ inline void warpgroups_meet(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
 
 // ---- tensor copies ----
 // The box at (column, row) to shared memory, of this block or, by `mask`, of every block of the cluster at the same

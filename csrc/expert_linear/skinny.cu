@@ -86,9 +86,13 @@ Gates gates_of(const fera_experts& e) {
 template <class... Parameters, class... Arguments>
 fera_status launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t bytes, cudaStream_t stream,
                    bool follows, Arguments&&... arguments) {
-  if (bytes > 48 * 1024 &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) != cudaSuccess)
-    return launch_status("expert_update");
+  if (bytes > 48 * 1024) {
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) !=
+        cudaSuccess)
+      return launch_status("expert_update");
+    // Else the first level cache may be left so much that two blocks do not fit.
+    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -132,7 +136,7 @@ DownCut cut_down(const fera_experts& e, int rank, const Machine& m) {
 }
 
 template <class T, int kRank>
-fera_status launch_down(const fera_expert_update_args& a, T* gated, cudaStream_t stream) {
+fera_status launch_down(const fera_expert_update_args& a, T* gated, bool follows, cudaStream_t stream) {
   const fera_experts& e = a.experts;
   const DownCut c = cut_down(e, kRank, machine());
   const auto kernel = c.splits == 2   ? down<T, kRank, 2>
@@ -140,7 +144,7 @@ fera_status launch_down(const fera_expert_update_args& a, T* gated, cudaStream_t
                       : c.splits == 8 ? down<T, kRank, 8>
                                       : down<T, kRank, 16>;
   return launch(kernel, dim3(static_cast<unsigned>(c.blocks)), kDownWarps * kWarp, down_bytes<kRank>(c.panel), stream,
-                false, RowsView<const T>{static_cast<const T*>(a.x.data), a.x.stride}, static_cast<int>(e.tokens),
+                follows, RowsView<const T>{static_cast<const T*>(a.x.data), a.x.stride}, static_cast<int>(e.tokens),
                 static_cast<int>(e.in), weights<T>(e.lora_a, e.a_dtype, e.in, 1, stacked_of(e), e.in), gates_of(e),
                 static_cast<T*>(a.h), gated, c.panel);
 }
@@ -171,11 +175,11 @@ fera_status launch_finish(const ReduceArgs& sums, const T* gated, const Weights<
 }
 
 template <class T, int kRank>
-fera_status forward(const fera_expert_update_args& a, const fera_context* context, bool with_up) {
+fera_status forward(const fera_expert_update_args& a, const fera_context* context, bool with_up, bool follows) {
   const fera_experts& e = a.experts;
   const cudaStream_t stream = stream_of(context);
   T* gated = static_cast<T*>(context->workspace);
-  FERA_RETURN_IF_ERROR((launch_down<T, kRank>(a, gated, stream)));
+  FERA_RETURN_IF_ERROR((launch_down<T, kRank>(a, gated, follows, stream)));
   if (!with_up) return FERA_OK;
   return launch_finish<T, kRank>({}, gated, weights<T>(e.lora_b, e.b_dtype, 1, stacked_of(e), stacked_of(e), e.out),
                                  a.base, a.y, e.tokens, e.out, stream);
@@ -256,7 +260,8 @@ struct Layout {
 };
 
 template <class T, int kRank>
-fera_status backward(const fera_expert_update_backward_args& a, const fera_context* context, bool with_up) {
+fera_status backward(const fera_expert_update_backward_args& a, const fera_context* context, bool with_up,
+                     bool follows) {
   const fera_experts& e = a.experts;
   const cudaStream_t stream = stream_of(context);
   const Layout l(a, context->workspace);
@@ -270,18 +275,18 @@ fera_status backward(const fera_expert_update_backward_args& a, const fera_conte
   args.b = weights<T>(e.lora_b, e.b_dtype, stacked, 1, width, stacked);
   args.hidden = l.hidden;
   args.hidden_blocks = l.first.blocks;
-  const auto pass = [&](auto kernel, const Cut& c, bool follows) {
+  const auto pass = [&](auto kernel, const Cut& c, bool after) {
     args.columns = c.columns;
     args.tile = c.tile;
     args.tiles = c.tiles;
     args.tiles_per_slice = c.tiles_per_slice;
     return launch(kernel, dim3(static_cast<unsigned>(c.blocks), static_cast<unsigned>(c.slices)), kAcrossWarps * kWarp,
-                  c.bytes, stream, follows, args);
+                  c.bytes, stream, after, args);
   };
   args.x = {static_cast<const T*>(a.dy.data), a.dy.stride};
   args.width = width;
   args.partial = a.db ? l.db : nullptr;
-  FERA_RETURN_IF_ERROR(pass(across<T, kRank, true>, l.first, false));
+  FERA_RETURN_IF_ERROR(pass(across<T, kRank, true>, l.first, follows));
   if (a.dx.data || a.da || a.dgate) {
     args.x = {static_cast<const T*>(a.x.data), a.x.stride};
     args.width = a.da ? in : 0;
@@ -338,33 +343,35 @@ size_t skinny_workspace(const fera_expert_update_backward_args& a) { return Layo
 
 namespace {
 
-fera_status run(const fera_expert_update_args& a, const fera_context* context, bool with_up) {
+fera_status run(const fera_expert_update_args& a, const fera_context* context, bool with_up, bool follows) {
   return with_types(a.x.dtype, padded(a.experts), [&](auto type, auto rank) {
-    return forward<decltype(type), decltype(rank)::value>(a, context, with_up);
+    return forward<decltype(type), decltype(rank)::value>(a, context, with_up, follows);
   });
 }
-fera_status run(const fera_expert_update_backward_args& a, const fera_context* context, bool with_up) {
+fera_status run(const fera_expert_update_backward_args& a, const fera_context* context, bool with_up, bool follows) {
   return with_types(a.x.dtype, padded(a.experts), [&](auto type, auto rank) {
-    return backward<decltype(type), decltype(rank)::value>(a, context, with_up);
+    return backward<decltype(type), decltype(rank)::value>(a, context, with_up, follows);
   });
 }
 
 }  // namespace
 
-fera_status skinny_down(const fera_expert_update_args& a, const fera_context* context, Gated* gated) {
-  *gated = {context->workspace, padded(a.experts)};
-  return run(a, context, false);
+fera_status skinny_before(const fera_expert_update_args& a, bool follows, const fera_context* context) {
+  return run(a, context, false, follows);
 }
-fera_status skinny_across(const fera_expert_update_backward_args& a, const fera_context* context, Gated* gated) {
-  *gated = {a.dx.data ? Layout(a, context->workspace).gated : nullptr, padded(a.experts)};
-  return run(a, context, false);
+fera_status skinny_before(const fera_expert_update_backward_args& a, bool follows, const fera_context* context) {
+  return run(a, context, false, follows);
+}
+const void* skinny_gated(const fera_expert_update_args&, void* workspace) { return workspace; }
+const void* skinny_gated(const fera_expert_update_backward_args& a, void* workspace) {
+  return a.dx.data ? Layout(a, workspace).gated : nullptr;
 }
 
 fera_status skinny_launch(const fera_expert_update_args& a, const fera_context* context) {
-  return run(a, context, true);
+  return run(a, context, true, false);
 }
 fera_status skinny_launch(const fera_expert_update_backward_args& a, const fera_context* context) {
-  return run(a, context, true);
+  return run(a, context, true, false);
 }
 
 }  // namespace fera::cuda

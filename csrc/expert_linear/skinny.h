@@ -14,15 +14,15 @@ const char* skinny_refuses(const fera_expert_update_backward_args& a);
 size_t skinny_workspace(const fera_expert_update_args& a);
 size_t skinny_workspace(const fera_expert_update_backward_args& a);
 
-// (T, rank) in x's dtype: gate scale h, or gate scale dh. Ranks are padded with zeros to 16 or 32. In the workspace.
-struct Gated {
-  const void* rows;
-  int rank;
-};
-// The parts without the products that write y and dx: h and gated h; all but dx (rows are NULL where dx is not wanted).
-// The workspace is skinny_workspace's; `base` and `y`, and the rows of dx, are neither read nor written.
-fera_status skinny_down(const fera_expert_update_args& a, const fera_context* context, Gated* gated);
-fera_status skinny_across(const fera_expert_update_backward_args& a, const fera_context* context, Gated* gated);
+// The parts without the products that write y and dx: h and gated h; all but dx. The workspace is skinny_workspace's;
+// `base` and `y`, and the rows of dx, are neither read nor written. `follows`: the kernel before on the stream is of
+// the same call and lets these start early.
+fera_status skinny_before(const fera_expert_update_args& a, bool follows, const fera_context* context);
+fera_status skinny_before(const fera_expert_update_backward_args& a, bool follows, const fera_context* context);
+// Where in the workspace they write gate scale h, or gate scale dh (NULL where dx is not wanted): (T, 16 or 32, which R
+// is padded to with zeros) in x's dtype.
+const void* skinny_gated(const fera_expert_update_args& a, void* workspace);
+const void* skinny_gated(const fera_expert_update_backward_args& a, void* workspace);
 
 fera_status skinny_launch(const fera_expert_update_args& a, const fera_context* context);
 fera_status skinny_launch(const fera_expert_update_backward_args& a, const fera_context* context);

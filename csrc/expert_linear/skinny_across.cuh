@@ -286,6 +286,7 @@ __global__ void __launch_bounds__(kAcrossWarps* kWarp, 2) across(const __grid_co
       }
     }
   }
+  if constexpr (kFirst) wait_for_previous();  // this kernel's end must mean that one's
   if (args.partial == nullptr) return;
   float* to = args.partial + static_cast<int64_t>(blockIdx.y) * stacked * args.width + column;
 #pragma unroll

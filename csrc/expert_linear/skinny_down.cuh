@@ -140,6 +140,7 @@ __global__ void __launch_bounds__(kDownWarps* kWarp, 1)
       }
     }
 
+    if (tile == static_cast<int>(blockIdx.x)) wait_for_previous();  // this kernel's end must mean that one's
     // The shares of the columns, added in their order. A thread has one rank of kItems tokens.
     constexpr int kItems = (kTokens * kRank + kThreads - 1) / kThreads;
     const int stacked = gates.stacked(), q = threadIdx.x % kRank, expert = q / gates.rank;

@@ -226,6 +226,7 @@ template <class T, int kRank>
 __global__ void __launch_bounds__(kUpThreads, 2)
     finish(const __grid_constant__ UpArgs<T> up, const __grid_constant__ ReduceArgs sums) {
   const int block = blockIdx.x;
+  let_next_start();
   if (block < up.blocks) {
     up_block<T, kRank>(up, block);
   } else {

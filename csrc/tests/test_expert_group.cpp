@@ -1,4 +1,5 @@
-// expert_group against its members one by one: the same y, h and gradients of A, B and gate; dx is their sum.
+// expert_group against its members one by one: the same gradients of A, B and gate, and y and h, to the bit where
+// the same kernels make them; dx is their sum.
 #include <cstdlib>
 
 #include "tests/harness.h"
@@ -45,6 +46,13 @@ struct Member {
         db(FERA_CUDA, c.weight_dtype, out * c.experts * rank),
         dgate(FERA_CUDA, FERA_F32, c.gates * c.experts) {}
 };
+
+// What a call wrote of a member.
+std::vector<std::vector<char>> bits(const Member& m) {
+  std::vector<std::vector<char>> all;
+  for (const Array* a : {&m.y, &m.h, &m.dx, &m.da, &m.db, &m.dgate}) all.push_back(a->buffer.download());
+  return all;
+}
 
 void check(const Case& c) {
   const Array x = random(c.dtype, c.tokens * c.in), gate = random(FERA_F32, c.gates * c.experts);
@@ -95,14 +103,32 @@ void check(const Case& c) {
   if (fera_expert_group_backward_takes(&back, FERA_CUDA) != 1) fail("backward is not taken: %s", fera_last_error());
   EXPECT_OK(FERA_RUN(expert_group, FERA_CUDA, group, Threads::none));
   EXPECT_OK(FERA_RUN(expert_group_backward, FERA_CUDA, back, Threads::none));
+  // Ranks that pad to unlike widths have their h made by a kernel of its own, a member alone may have it made inside
+  // the product: the sums over k are then split in other places.
+  const auto padded = [&](int i) { return c.experts * c.rank_of(i) <= 16 ? 16 : 32; };
+  const bool same_kernels = padded(0) == padded(members - 1);
+  const double bound = c.dtype == FERA_F16 ? 1e-3 : 6e-3;
+  std::vector<std::vector<std::vector<char>>> first;
   for (int i = 0; i < members; ++i) {
-    expect_same_bits(alone[i].y.buffer, together[i].y.buffer, "y " + c.what());
-    expect_same_bits(alone[i].h.buffer, together[i].h.buffer, "h " + c.what());
-    expect_same_bits(alone[i].da.buffer, together[i].da.buffer, "da " + c.what());
-    expect_same_bits(alone[i].db.buffer, together[i].db.buffer, "db " + c.what());
-    expect_same_bits(alone[i].dgate.buffer, together[i].dgate.buffer, "dgate " + c.what());
+    if (same_kernels) {
+      expect_same_bits(alone[i].y.buffer, together[i].y.buffer, "y " + c.what());
+      expect_same_bits(alone[i].h.buffer, together[i].h.buffer, "h " + c.what());
+    } else {
+      expect_close(together[i].y.values(), alone[i].y.values(), bound, "y " + c.what());
+      expect_close(together[i].h.values(), alone[i].h.values(), bound, "h " + c.what());
+    }
+    // Sums over tokens, cut otherwise where several passes share the machine; dgate's terms are of both signs.
+    expect_close(together[i].da.values(), alone[i].da.values(), bound, "da " + c.what());
+    expect_close(together[i].db.values(), alone[i].db.values(), bound, "db " + c.what());
+    expect_close(together[i].dgate.values(), alone[i].dgate.values(), 2 * bound, "dgate " + c.what(),
+                 4 * bound * std::sqrt(static_cast<double>(c.experts * c.rank_of(i) * c.tokens)));
+    first.push_back(bits(together[i]));
   }
-  expect_close(together[0].dx.values(), sum, c.dtype == FERA_F16 ? 1e-3 : 6e-3, "dx " + c.what());
+  EXPECT_OK(FERA_RUN(expert_group, FERA_CUDA, group, Threads::none));
+  EXPECT_OK(FERA_RUN(expert_group_backward, FERA_CUDA, back, Threads::none));
+  for (int i = 0; i < members; ++i)
+    if (bits(together[i]) != first[static_cast<size_t>(i)]) fail("other bits the second time, %s", c.what().c_str());
+  expect_close(together[0].dx.values(), sum, bound, "dx " + c.what());
 }
 
 }  // namespace
