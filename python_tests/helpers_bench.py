@@ -39,7 +39,7 @@ class FakeCuda:
         pools: ClassVar[list[int]] = []
         alive: ClassVar[set[int]] = set()
 
-        def capture_begin(self, pool: int) -> None:
+        def capture_begin(self, pool: int, capture_error_mode: str = "global") -> None:
             self.pools.append(pool)
             self.alive.add(id(self))
             weakref.finalize(self, self.alive.discard, id(self))

@@ -276,7 +276,7 @@ def test_layers_on_another_device_than_the_gate(monkeypatch: pytest.MonkeyPatch)
     def run() -> Tensor:
         state.fans.clear()
         state.gate.grad = None
-        layers[2](layers[1](layers[0](x).cuda()).cpu()).square().sum().backward()
+        layers[2](layers[1](layers[0](x).cuda()).cpu()).square().sum().backward(retain_graph=True)  # the gate's
         return state.gate.grad
 
     got = run()

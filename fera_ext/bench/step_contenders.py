@@ -27,6 +27,7 @@ from fera_ext.bench.cases import TAU
 from fera_ext.bench.peers_expert import published_update
 from fera_ext.bench.peers_published import PublishedRouter, published_fecl
 from fera_ext.bench.step_models import Batch, Denoise
+from fera_ext.training.flat import FlatParameters
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 HIDDEN = 64
@@ -47,8 +48,10 @@ class Trainee:
 
     Attributes:
         parameters: what is trained.
+        flat: the same as a few tensors, which are what is clipped and updated; None: each for itself.
     """
 
+    flat: FlatParameters | None = None
     capturable = compilable = True
 
     def __init__(self, model: nn.Module, batch: Batch, experts: int, rank: int) -> None:
@@ -214,7 +217,7 @@ class PublishedFecl(Published):
 
 
 class Fera(Trainee):
-    """``fera_ext.attach`` with its defaults: float32 adapters, no autocast."""
+    """``fera_ext.attach`` with its defaults: float32 adapters, no autocast; updated as ``fera-ext train`` does it."""
 
     cast = False
 
@@ -232,6 +235,7 @@ class Fera(Trainee):
         self.adapter = attach(self.model, config)
         self.adapter.latent_size = self.batch.latent_size  # FLUX: no host synchronisation
         self.parameters = list(self.adapter.parameters())
+        self.flat = FlatParameters(self.parameters)
 
     def context(self) -> AbstractContextManager[Any]:
         """Nothing, or autocast where it is asked for."""

@@ -56,15 +56,18 @@ def step_call(name: str, trainee: Trainee, denoise: Denoise) -> Call:
             return loss.detach()
 
         return frozen
-    parameters = trainee.parameters
+    flat = trainee.flat
+    parameters = list(flat.parameters()) if flat else trainee.parameters
     on_gpu = parameters[0].device.type == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True, capturable=on_gpu)
 
     def train() -> Tensor:
         # To None: the backward pass writes gradients into new memory, in a capture the graph's own.
-        optimizer.zero_grad(set_to_none=True)
+        (flat or optimizer).zero_grad(set_to_none=True)
         loss = trainee.loss(denoise)
         loss.backward()
+        if flat:
+            flat.collect()
         nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         return loss.detach()
@@ -105,6 +108,8 @@ def without_gradients(trainee: Trainee) -> None:
     """Drops all gradients, which may live in a graph's memory."""
     for parameter in trainee.parameters:
         parameter.grad = None
+    if trainee.flat:
+        trainee.flat.zero_grad(set_to_none=True)
     if isinstance(trainee, Frozen):
         trainee.latent.grad = None
 

@@ -130,7 +130,8 @@ class GpuTimer:
         graph = cuda.CUDAGraph()
         pool = cuda.graph_pool_handle() if alone or self._pool is None else self._pool
         cuda.synchronize()
-        graph.capture_begin(pool=pool)
+        # Of this thread: what another one does meanwhile (a pinned copy, a tracker) must not end the capture.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             for _ in range(calls):
                 if before is not None:
