@@ -72,8 +72,43 @@ def latent_gate(
     return router_softmax(frequency_energy(z, bands, eps), w1, b1, w2, b2, tau)
 
 
-def expert_update(base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float) -> Tensor:
+def _philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
+    """Philox4x32-10 in int64 tensors of 32-bit numbers: four of the counter and two of the key to four."""
+    low = 0xFFFFFFFF
+    for _ in range(10):
+        # Products wrap in int64; their upper halves are right once the sign is masked away.
+        a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [(b >> 32 & low) ^ counter[1] ^ key[0], b & low, (a >> 32 & low) ^ counter[3] ^ key[1], a & low]
+        key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
+    return counter
+
+
+def dropout_keeps(rows: int, columns: int, dropout: float, seed: Tensor, stream: int = 0) -> Tensor:
+    """(rows, columns) bool on the seed's device: which elements of the experts' input dropout keeps."""
+    groups = torch.arange((columns + 7) // 8, device=seed.device).expand(rows, -1)
+    row = torch.arange(rows, device=seed.device)[:, None].expand_as(groups)
+    key = [seed.reshape(1, 1) & 0xFFFFFFFF, seed.reshape(1, 1) >> 32 & 0xFFFFFFFF]
+    words = _philox([groups, row, torch.full_like(groups, stream), torch.zeros_like(groups)], key)
+    numbers = torch.stack([part for word in words for part in (word & 0xFFFF, word >> 16)], -1)
+    return numbers.flatten(1)[:, :columns] >= min(65535, round(dropout * 65536))
+
+
+def expert_update(
+    base_out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
     """Twin of :func:`fera_ext.ops.expert_update`, in the stacked form: one rank E·r LoRA, its middle gated."""
+    if dropout:
+        assert seed is not None
+        keeps = dropout_keeps(x.shape[:-1].numel(), x.shape[-1], dropout, seed, stream).view(x.shape)
+        x = torch.where(keeps, x / (1 - dropout), 0)
     experts, rank, _ = lora_a.shape
     a = lora_a.to(x.dtype).flatten(0, 1)
     b = lora_b.to(x.dtype).flatten(1, 2)
@@ -92,9 +127,12 @@ def expert_linear(
     lora_b: Tensor,
     gate: Tensor,
     scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
     """Twin of :func:`fera_ext.ops.expert_linear`."""
-    return expert_update(F.linear(x, weight, bias), x, lora_a, lora_b, gate, scale)
+    return expert_update(F.linear(x, weight, bias), x, lora_a, lora_b, gate, scale, dropout, seed, stream)
 
 
 def expert_linear_group(

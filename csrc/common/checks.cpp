@@ -64,6 +64,13 @@ fera_status check_workspace(const char* op, const fera_context* context, size_t 
   return FERA_OK;
 }
 
+fera_status check_dropout(const char* op, double dropout, const int64_t* seed) {
+  FERA_CHECK(op, dropout >= 0 && dropout < 1, "dropout", "in [0, 1)", dropout);
+  FERA_CHECK(op, seed != nullptr || dropout == 0, "seed", "a pointer with dropout", "NULL");
+  FERA_CHECK(op, seed == nullptr || dropout > 0, "seed", "NULL without dropout", "a pointer");
+  return FERA_OK;
+}
+
 fera_status check_experts(const char* op, const fera_experts& e) {
   const int64_t stacked = int64_t{e.experts} * e.rank;
   FERA_CHECK(op, e.tokens >= 0 && e.in >= 1 && e.out >= 1, "tokens, in and out", "at least 0, 1 and 1",
@@ -79,7 +86,7 @@ fera_status check_experts(const char* op, const fera_experts& e) {
              "a multiple of rows_per_gate " + std::to_string(e.rows_per_gate), e.tokens);
   FERA_CHECK(op, e.lora_a && e.lora_b && (e.gate || e.tokens == 0), "lora_a, lora_b and gate", "pointers", "NULL");
   FERA_CHECK(op, std::isfinite(e.scale), "scale", "finite", e.scale);
-  return FERA_OK;
+  return check_dropout(op, e.dropout, e.seed);
 }
 
 fera_status check(const fera_band_energy_args& a) {
@@ -192,6 +199,16 @@ fera_status check(const fera_expert_update_backward_args& a) {
   }
   if (a.dx.data) return check_rows(op, "dx", a.dx, a.x.dtype, a.experts.tokens, a.experts.in);
   return FERA_OK;
+}
+
+fera_status check(const fera_expert_dropout_args& a) {
+  const char* op = "expert_dropout";
+  FERA_CHECK(op, a.tokens >= 0 && a.tokens < (int64_t{1} << 31), "tokens", "from 0 to 2^31 - 1", a.tokens);
+  FERA_CHECK(op, a.in >= 1 && a.in < (int64_t{1} << 24), "in", "from 1 to 2^24 - 1", a.in);
+  FERA_CHECK(op, is_dtype(a.x.dtype), "x.dtype", "float32, float16, bfloat16 or float64", static_cast<int>(a.x.dtype));
+  FERA_CHECK(op, a.x.data || a.tokens == 0, "x", "a pointer", "NULL");
+  FERA_RETURN_IF_ERROR(check_dropout(op, a.dropout, a.seed));
+  return check_rows(op, "y", a.y, a.x.dtype, a.tokens, a.in);
 }
 
 }  // namespace fera

@@ -16,6 +16,7 @@ fera_status check_filters(const char* op, const fera_filters& filters);
 fera_status check_router(const char* op, const fera_router& router);
 fera_status check_workspace(const char* op, const fera_context* context, size_t needed);
 fera_status check_experts(const char* op, const fera_experts& experts);
+fera_status check_dropout(const char* op, double dropout, const int64_t* seed);
 
 // Whole-operator checks; one per entry point of fera.h.
 fera_status check(const fera_band_energy_args& a);
@@ -27,5 +28,6 @@ fera_status check(const fera_fecl_loss_args& a);
 fera_status check(const fera_fecl_loss_backward_args& a);
 fera_status check(const fera_expert_update_args& a);
 fera_status check(const fera_expert_update_backward_args& a);
+fera_status check(const fera_expert_dropout_args& a);
 
 }  // namespace fera

@@ -4,6 +4,7 @@
 
 FERA_ENTRY(expert_update)
 FERA_ENTRY(expert_update_backward)
+FERA_ENTRY(expert_dropout)
 
 namespace fera {
 namespace {
@@ -48,9 +49,20 @@ extern "C" const char* fera_expert_backward_variant(const fera_expert_update_bac
   return variant(*a, device);
 }
 
+namespace {
+
+template <class Group>
+[[maybe_unused]] bool drops(const Group& g) {
+  for (int i = 0; i < g.members && i < FERA_MAX_GROUP; ++i)
+    if (g.member[i].experts.dropout != 0) return true;
+  return false;
+}
+
+}  // namespace
+
 extern "C" int fera_expert_group_takes([[maybe_unused]] const fera_expert_group_args* g, fera_device device) {
 #if defined(FERA_WITH_CUDA)
-  if (device == FERA_CUDA) return fera::expert_group_takes_cuda(*g);
+  if (device == FERA_CUDA) return !drops(*g) && fera::expert_group_takes_cuda(*g);
 #endif
   (void)device;
   return 0;
@@ -58,7 +70,7 @@ extern "C" int fera_expert_group_takes([[maybe_unused]] const fera_expert_group_
 extern "C" int fera_expert_group_backward_takes([[maybe_unused]] const fera_expert_group_backward_args* g,
                                                 fera_device device) {
 #if defined(FERA_WITH_CUDA)
-  if (device == FERA_CUDA) return fera::expert_group_takes_cuda(*g);
+  if (device == FERA_CUDA) return !drops(*g) && fera::expert_group_takes_cuda(*g);
 #endif
   (void)device;
   return 0;

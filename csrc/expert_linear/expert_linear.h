@@ -10,6 +10,9 @@ size_t expert_update_workspace_cuda(const fera_expert_update_args& a);
 size_t expert_update_backward_workspace_cpu(const fera_expert_update_backward_args& a);
 size_t expert_update_backward_workspace_cuda(const fera_expert_update_backward_args& a);
 
+size_t expert_dropout_workspace_cpu(const fera_expert_dropout_args& a);
+size_t expert_dropout_workspace_cuda(const fera_expert_dropout_args& a);
+
 size_t expert_group_workspace_cuda(const fera_expert_group_args& g);
 size_t expert_group_backward_workspace_cuda(const fera_expert_group_backward_args& g);
 

@@ -53,9 +53,15 @@ void forward(const fera_expert_update_args& a, cudaStream_t stream) {
   const fera_experts& e = a.experts;
   const int64_t stacked = int64_t{e.experts} * e.rank;
   T* h = static_cast<T*>(a.h);
-  launch_product<Real, 128, 16>(e.tokens, stacked, e.in, 1, RowsOperand<T>{static_cast<const T*>(a.x.data), a.x.stride},
-                                WeightOperand<T>{e.lora_a, e.a_dtype, 1, e.in}, AddRows<T>{h, stacked, nullptr, 0},
-                                stream);
+  const auto down = [&](auto x) {
+    launch_product<Real, 128, 16>(e.tokens, stacked, e.in, 1, x, WeightOperand<T>{e.lora_a, e.a_dtype, 1, e.in},
+                                  AddRows<T>{h, stacked, nullptr, 0}, stream);
+  };
+  const RowsOperand<T> x{static_cast<const T*>(a.x.data), a.x.stride};
+  if (e.dropout > 0)
+    down(DroppedOperand<T>{x, dropout_of(e)});
+  else
+    down(x);
   launch_product<Real, 64, 64>(
       e.tokens, e.out, stacked, 1,
       GatedOperand<T, T>{h, static_cast<const Real*>(e.gate), e.rows_per_gate, e.experts, e.rank,
@@ -90,17 +96,29 @@ void backward(const fera_expert_update_backward_args& a, const BackwardLayout<Co
     }
     if (a.dx.data) {
       T* dx = static_cast<T*>(a.dx.data);
-      launch_product<Real, 64, 64>(e.tokens, e.in, stacked, 1,
-                                   GatedOperand<T, Real>{l.dh, gate, e.rows_per_gate, e.experts, e.rank, scale},
-                                   WeightOperand<T>{e.lora_a, e.a_dtype, e.in, 1},
-                                   AddRows<T>{dx, a.dx.stride, a.add_to_dx ? dx : nullptr, a.dx.stride}, stream);
+      const auto up = [&](auto out) {
+        launch_product<Real, 64, 64>(e.tokens, e.in, stacked, 1,
+                                     GatedOperand<T, Real>{l.dh, gate, e.rows_per_gate, e.experts, e.rank, scale},
+                                     WeightOperand<T>{e.lora_a, e.a_dtype, e.in, 1}, out, stream);
+      };
+      const AddRows<T> out{dx, a.dx.stride, a.add_to_dx ? dx : nullptr, a.dx.stride};
+      if (e.dropout > 0)
+        up(AddDroppedRows<T>{out, dropout_of(e)});
+      else
+        up(out);
     }
   }
   if (a.da) {
-    if (slices > 0)
-      launch_product<Real, 128, 16>(e.in, stacked, e.tokens, slices, RowsOperand<T, true>{x, a.x.stride},
+    const auto across = [&](auto rows) {
+      launch_product<Real, 128, 16>(e.in, stacked, e.tokens, slices, rows,
                                     GatedOperand<T, Real>{l.dh, gate, e.rows_per_gate, e.experts, e.rank, scale},
                                     StorePartial<Real>{l.partial, e.in, stacked}, stream);
+    };
+    const RowsOperand<T, true> rows{x, a.x.stride};
+    if (slices > 0 && e.dropout > 0)
+      across(DroppedOperand<T, true>{rows, dropout_of(e)});
+    else if (slices > 0)
+      across(rows);
     sum_slices(l.partial, slices, e.in, stacked, a.da, e.a_dtype, 1, e.in, stream);
   }
   if (a.db) {

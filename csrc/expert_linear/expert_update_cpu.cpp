@@ -57,6 +57,8 @@ struct Plan {
   int64_t block, blocks;    // tokens a unit, units
   int64_t slots, slot_elements;
   bool direct;  // x's dtype is the compute dtype
+  bool drops;
+  Dropout dropout;
 };
 
 template <class T>
@@ -76,6 +78,8 @@ Plan<T> make_plan(const fera_experts& e, fera_dtype dtype) {
   // Or, for dA and dB, kGroup packed panels and their results.
   p.slot_elements = round_up(std::max(p.slot_elements, (kDepth + p.padded) * kGroup * kWidest), 64);
   p.direct = dtype == compute_dtype(dtype);
+  p.drops = e.dropout > 0;
+  p.dropout = dropout_of(e);
   return p;
 }
 
@@ -123,17 +127,19 @@ void pack(const Plan<T>& p, const void* from, fera_dtype dtype, bool transposed,
   });
 }
 
-// out (tokens, n) = rows (tokens, k) of `x` from t0 on, times panels; `chunk` holds converted rows.
+// out (tokens, n) = rows (tokens, k) of `x` from t0 on, times panels; `chunk` holds converted rows. `masked`: of what
+// dropout keeps of them.
 template <class T>
-void rows_product(const Plan<T>& p, const fera_rows& x, int64_t t0, int64_t tokens, const Panels<T>& panels, T* out,
-                  int64_t out_stride, T* chunk) {
+void rows_product(const Plan<T>& p, const fera_rows& x, bool masked, int64_t t0, int64_t tokens,
+                  const Panels<T>& panels, T* out, int64_t out_stride, T* chunk) {
   for (int64_t k0 = 0; k0 < panels.k; k0 += kDepth) {
     const int64_t depth = std::min(kDepth, panels.k - k0);
     const T* a = static_cast<const T*>(x.data) + t0 * x.stride + k0;
     int64_t a_step = x.stride;
-    if (!p.direct) {
+    if (!p.direct || masked) {
       for (int64_t t = 0; t < tokens; ++t)
         p.kernels.widen_row(x.data, x.dtype, x.dtype, (t0 + t) * x.stride + k0, depth, chunk + t * kDepth);
+      if (masked) p.kernels.mask(p.dropout, {chunk, kDepth, t0, tokens, k0, depth});
       a = chunk;
       a_step = kDepth;
     }
@@ -145,13 +151,14 @@ void rows_product(const Plan<T>& p, const fera_rows& x, int64_t t0, int64_t toke
   }
 }
 
-// to rows = (init rows or 0) + a (tokens, R) panels, in x's dtype; `result` holds a panel of results.
+// to rows = (init rows or 0) + a (tokens, R) panels, in x's dtype; `result` holds a panel of results. `masked`: of the
+// product only what dropout keeps.
 template <class T>
-void product_to_rows(const Plan<T>& p, const T* a, int64_t t0, int64_t tokens, const Panels<T>& panels,
+void product_to_rows(const Plan<T>& p, const T* a, bool masked, int64_t t0, int64_t tokens, const Panels<T>& panels,
                      const fera_rows* init, const fera_rows& to, T* result) {
   for (int64_t panel = 0; panel < panels.count(); ++panel) {
     const int64_t n0 = panel * panels.width, columns = panels.columns(panel);
-    if (p.direct) {
+    if (p.direct && !masked) {
       T* out = static_cast<T*>(to.data) + t0 * to.stride + n0;
       const T* from = init == nullptr ? nullptr : static_cast<const T*>(init->data) + t0 * init->stride + n0;
       p.kernels.product({a, p.padded, tokens, columns, panels.k, panels.at(panel, 0), panels.width, from,
@@ -160,6 +167,7 @@ void product_to_rows(const Plan<T>& p, const T* a, int64_t t0, int64_t tokens, c
     }
     p.kernels.product(
         {a, p.padded, tokens, columns, panels.k, panels.at(panel, 0), panels.width, nullptr, 0, result, panels.width});
+    if (masked) p.kernels.mask(p.dropout, {result, panels.width, t0, tokens, n0, columns});
     for (int64_t t = 0; t < tokens; ++t)
       p.kernels.narrow_row(result + t * panels.width, init == nullptr ? nullptr : init->data,
                            init == nullptr ? 0 : (t0 + t) * init->stride + n0, to.data, (t0 + t) * to.stride + n0,
@@ -174,6 +182,12 @@ void update_factors(const fera_experts& e, int64_t t, int64_t first, T* factors)
   const T* gate = static_cast<const T*>(e.gate) + t / e.rows_per_gate * e.experts;
   for (int m = 0; m < e.experts; ++m)
     std::fill(factors + m * e.rank, factors + (m + 1) * e.rank, gate[m] * static_cast<T>(e.scale));
+}
+
+// What dropout keeps is scaled in the (R) rows that it was multiplied into, or will be.
+template <class T>
+void scale_row(const Plan<T>& p, T* row) {
+  for (int64_t i = 0; i < p.stacked; ++i) row[i] *= static_cast<T>(p.dropout.scale);
 }
 
 // Row t of a (T, R) operand into tiles of tile_height columns, each (T, tile_height).
@@ -205,34 +219,39 @@ size_t forward(const fera_expert_update_args& a, const fera_context* context) {
     T* chunk = gated + p.block * p.padded;
     T* result = chunk + p.block * kDepth;
     T* factors = result + p.block * kWidest;
-    rows_product(p, a.x, t0, tokens, down, h, p.padded, chunk);
+    rows_product(p, a.x, p.drops, t0, tokens, down, h, p.padded, chunk);
     for (int64_t t = 0; t < tokens; ++t) {
       T* row = h + t * p.padded;
+      if (p.drops) scale_row(p, row);
       p.kernels.narrow_row(row, nullptr, 0, a.h, (t0 + t) * p.stacked, p.dtype, p.stacked);
       if (!p.direct) p.kernels.widen_row(a.h, p.dtype, p.dtype, (t0 + t) * p.stacked, p.stacked, row);
       update_factors(a.experts, t0 + t, t0, factors);
       p.kernels.multiply_row(factors, row, p.stacked, gated + t * p.padded);
     }
-    product_to_rows(p, gated, t0, tokens, up, &a.base, a.y, result);
+    product_to_rows(p, gated, false, t0, tokens, up, &a.base, a.y, result);
   });
   return carver.used;
 }
 
 // Columns [n0, n0 + columns) of left^T rows: out (R, columns) = sum_t left[t][:] rows[t][n0 ...], tokens in order;
 // `left` (T, R) is in tiles, a chunk of which serves all the panels of the columns; `chunk` holds them packed.
+// `masked`: of what dropout keeps of the rows.
 template <class T>
-void columns_product(const Plan<T>& p, const T* left, const fera_rows& rows, int64_t n0, int64_t columns, T* chunk,
-                     T* out, int64_t out_stride) {
+void columns_product(const Plan<T>& p, const T* left, const fera_rows& rows, bool masked, int64_t n0, int64_t columns,
+                     T* chunk, T* out, int64_t out_stride) {
   const int64_t width = p.kernels.panel_width, height = p.kernels.tile_height;
   for (int64_t t0 = 0; t0 < p.e.tokens; t0 += kDepth) {
     const int64_t depth = std::min(kDepth, p.e.tokens - t0);
-    const bool packed = !p.direct || columns < width || p.stacked > height;
+    const bool packed = !p.direct || masked || columns < width || p.stacked > height;
     const int64_t panel_step = kDepth * width;
     if (packed)
       p.kernels.pack_rows(rows.data, p.dtype, t0 * rows.stride + n0, rows.stride, depth, columns, chunk, panel_step);
     for (int64_t c0 = 0; c0 < columns; c0 += width) {
       const T* panel =
           packed ? chunk + c0 / width * panel_step : static_cast<const T*>(rows.data) + t0 * rows.stride + n0 + c0;
+      if (masked)
+        p.kernels.mask(p.dropout,
+                       {chunk + c0 / width * panel_step, width, t0, depth, n0 + c0, std::min(width, columns - c0)});
       p.kernels.transposed_product({left + t0 * height, p.e.tokens * height, p.stacked, std::min(width, columns - c0),
                                     depth, panel, packed ? width : rows.stride, t0 == 0 ? nullptr : out + c0,
                                     out_stride, out + c0, out_stride});
@@ -272,7 +291,7 @@ size_t backward(const fera_expert_update_backward_args& a, const fera_context* c
     T* chunk = h + p.block * p.padded;
     T* result = chunk + p.block * kDepth;
     T* factors = result + p.block * kWidest;
-    if (needs_dh) rows_product(p, a.dy, t0, tokens, down, dh, p.padded, chunk);
+    if (needs_dh) rows_product(p, a.dy, false, t0, tokens, down, dh, p.padded, chunk);
     for (int64_t t = t0; t < t0 + tokens; ++t) {
       T* dh_row = dh + (t - t0) * p.padded;
       update_factors(e, t, t0, factors);
@@ -283,9 +302,10 @@ size_t backward(const fera_expert_update_backward_args& a, const fera_context* c
         write_tiles(p, h, t, tiled_h);
       }
       if (to_a || to_dx) p.kernels.multiply_row(factors, dh_row, p.stacked, dh_row);
+      if (p.drops) scale_row(p, dh_row);
       if (to_a) write_tiles(p, dh_row, t, tiled_dh);
     }
-    if (to_dx) product_to_rows(p, dh, t0, tokens, up, a.add_to_dx ? &a.dx : nullptr, a.dx, result);
+    if (to_dx) product_to_rows(p, dh, p.drops, t0, tokens, up, a.add_to_dx ? &a.dx : nullptr, a.dx, result);
   });
 
   if (to_gate)
@@ -304,7 +324,7 @@ size_t backward(const fera_expert_update_backward_args& a, const fera_context* c
     T* out = chunk + kDepth * kGroup * kWidest;
     const bool is_a = unit < a_panels;
     const int64_t n0 = (is_a ? unit : unit - a_panels) * width, columns = std::min(width, (is_a ? e.in : e.out) - n0);
-    columns_product(p, is_a ? tiled_dh : tiled_h, is_a ? a.x : a.dy, n0, columns, chunk, out, width);
+    columns_product(p, is_a ? tiled_dh : tiled_h, is_a ? a.x : a.dy, is_a && p.drops, n0, columns, chunk, out, width);
     for (int64_t i = 0; is_a && i < p.stacked; ++i)
       p.kernels.narrow_row(out + i * width, nullptr, 0, a.da, i * e.in + n0, e.a_dtype, columns);
     for (int64_t j = 0; !is_a && j < columns; ++j) {
@@ -314,6 +334,23 @@ size_t backward(const fera_expert_update_backward_args& a, const fera_context* c
     }
   });
   return carver.used;
+}
+
+template <class T>
+void drop(const fera_expert_dropout_args& a, const fera_context* context) {
+  const ProductKernels<T> kernels = products_of<T>();
+  const Dropout d = dropout_of(a.dropout, a.seed, a.stream);
+  cpu::parallel_for(context, a.tokens, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t i = 0; i < a.in; i += kDepth) {
+        T row[kDepth];
+        const int64_t columns = std::min(kDepth, a.in - i), to = t * a.y.stride + i;
+        kernels.widen_row(a.x.data, a.x.dtype, a.x.dtype, t * a.x.stride + i, columns, row);
+        if (a.dropout > 0) kernels.mask(d, {row, kDepth, t, 1, i, columns});
+        for (int64_t j = 0; j < columns; ++j) row[j] *= static_cast<T>(d.scale);
+        kernels.narrow_row(row, a.add_to_y ? a.y.data : nullptr, to, a.y.data, to, a.y.dtype, columns);
+      }
+  });
 }
 
 // Sizes that the entry point will refuse need no workspace.
@@ -334,7 +371,19 @@ size_t expert_update_backward_workspace_cpu(const fera_expert_update_backward_ar
   return a.x.dtype == FERA_F64 ? backward<double>(a, nullptr) : backward<float>(a, nullptr);
 }
 
+size_t expert_dropout_workspace_cpu(const fera_expert_dropout_args&) { return 0; }
+
 }  // namespace fera
+
+extern "C" fera_status fera_expert_dropout_cpu(const fera_expert_dropout_args* args, const fera_context* context) {
+  using namespace fera;
+  FERA_RETURN_IF_ERROR(check(*args));
+  FERA_RETURN_IF_ERROR(check_workspace("expert_dropout", context, 0));
+  return dispatch_compute(args->x.dtype, [&](auto tag) {
+    drop<typename decltype(tag)::type>(*args, context);
+    return FERA_OK;
+  });
+}
 
 extern "C" fera_status fera_expert_update_cpu(const fera_expert_update_args* args, const fera_context* context) {
   using namespace fera;

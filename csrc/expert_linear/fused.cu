@@ -248,6 +248,7 @@ fera_status launch_products(const char* op, const Products& p, bool follows, cud
 }
 
 const char* fused_refuses(const fera_expert_update_args& a) {
+  if (a.experts.dropout > 0) return "dropout is asked for";  // x goes from memory to the tensor cores untouched
   const char* why = wide_ranks(a.experts) ? wide_refuses(a) : skinny_refuses(a);
   if (*why == 0) why = refuses(a.weight, a.experts.in);
   if (*why == 0 && repeats(a.x, a.experts.in)) why = "rows of x repeat";
@@ -255,6 +256,7 @@ const char* fused_refuses(const fera_expert_update_args& a) {
   return why;
 }
 const char* fused_refuses(const fera_expert_update_backward_args& a) {
+  if (a.experts.dropout > 0) return "dropout is asked for";  // x goes from memory to the tensor cores untouched
   const char* why = wide_ranks(a.experts) ? wide_refuses(a) : skinny_refuses(a);
   if (*why == 0) why = refuses(a.weight, a.experts.in);
   if (*why == 0 && repeats(a.dy, a.experts.out)) why = "rows of dy repeat";

@@ -3,7 +3,7 @@
 // Operands and the epilogue are functors, so gates, casts and transposes cost no pass of their own.
 #pragma once
 
-#include "common/cuda_common.cuh"
+#include "common/cuda_dropout.cuh"
 
 namespace fera::cuda {
 
@@ -17,6 +17,17 @@ struct RowsOperand {
   int64_t stride;
   __device__ Compute<T> operator()(int64_t i, int64_t j) const {
     return Transposed ? widen(data[j * stride + i]) : widen(data[i * stride + j]);
+  }
+};
+
+// x after dropout. Eight threads side by side make the same numbers: this variant is for what the others do not take.
+template <class T, bool Transposed = false>
+struct DroppedOperand {
+  RowsOperand<T, Transposed> rows;
+  Dropout dropout;
+  __device__ Compute<T> operator()(int64_t i, int64_t j) const {
+    const bool keeps = Transposed ? Mask(dropout).keeps(j, i) : Mask(dropout).keeps(i, j);
+    return keeps ? rows(i, j) * static_cast<Compute<T>>(dropout.scale) : Compute<T>(0);
   }
 };
 
@@ -56,6 +67,16 @@ struct AddRows {
   __device__ void operator()(int64_t m, int64_t n, int, Compute<T> value) const {
     if (base != nullptr) value += widen(base[m * base_stride + n]);
     y[m * stride + n] = narrow<T>(value);
+  }
+};
+
+// dx after dropout of the value
+template <class T>
+struct AddDroppedRows {
+  AddRows<T> rows;
+  Dropout dropout;
+  __device__ void operator()(int64_t m, int64_t n, int slice, Compute<T> value) const {
+    rows(m, n, slice, Mask(dropout).keeps(m, n) ? value * static_cast<Compute<T>>(dropout.scale) : Compute<T>(0));
   }
 };
 

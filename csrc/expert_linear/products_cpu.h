@@ -7,6 +7,11 @@
 #include "common/checks.h"
 #include "common/cpu_isa.h"
 #include "common/cpu_types.h"
+#include "common/dropout.h"
+
+#if FERA_CPU_X86
+#include <immintrin.h>
+#endif
 
 namespace fera::cpu {
 
@@ -26,6 +31,14 @@ struct Product {
   int64_t out_stride;
 };
 
+// Rows [row, row + rows) and columns [column, column + columns) of the experts' input, or of its gradient.
+template <class T>
+struct Masked {
+  T* data;
+  int64_t stride;
+  int64_t row, rows, column, columns;
+};
+
 template <class T>
 struct ProductKernels {
   int panel_width, tile_height;
@@ -43,6 +56,8 @@ struct ProductKernels {
   void (*multiply_row)(const T* a, const T* b, int64_t count, T* to);
   // to[m] = sum_i a[m rank + i] b[m rank + i]
   void (*grouped_dots)(const T* a, const T* b, int groups, int rank, T* to);
+  // Zeros where dropout drops an element.
+  void (*mask)(const Dropout& d, const Masked<T>& m);
 };
 
 namespace generic {

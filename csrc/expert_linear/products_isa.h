@@ -224,10 +224,102 @@ void grouped_dots(const T* a, const T* b, int groups, int rank, T* to) {
   }
 }
 
+// A lane holds a 32-bit number in its lower half; the upper half is anything.
+typedef uint64_t Wide __attribute__((vector_size(FERA_VECTOR_BYTES)));
+
+// Products of the lower halves. Of the same in plain vectors compilers make 64-bit multiplications.
+FERA_INLINE void multiply_low(const Wide& a, const Wide& b, Wide& to) {
+#if FERA_CPU_X86 && FERA_VECTOR_BYTES == 64
+  to = (Wide)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // the plain one warns in GCC 12
+#elif FERA_CPU_X86 && FERA_VECTOR_BYTES == 32
+  to = (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif FERA_CPU_X86
+  to = (Wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  to = (a & 0xffffffffu) * b;
+#endif
+}
+
+// Counters (c0, c1, stream, 0) become numbers: philox_round in vectors.
+constexpr int kMaskBatch = 32;
+constexpr int kMaskVectors = kMaskBatch * 8 / FERA_VECTOR_BYTES;
+struct MaskBatch {
+  Wide c0[kMaskVectors], c1[kMaskVectors], c2[kMaskVectors], c3[kMaskVectors];
+};
+__attribute__((noinline)) void make_numbers(uint64_t seed, uint32_t stream, MaskBatch& b) {
+  const Wide first = Wide{} + kPhilox0, second = Wide{} + kPhilox1;
+  for (int v = 0; v < kMaskVectors; ++v) b.c2[v] = Wide{} + stream, b.c3[v] = Wide{};
+  for (int v = 0; v < kMaskVectors; v += 2) {
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    for (int i = 0; i < kDropoutRounds; ++i, key0 += kPhiloxKey0, key1 += kPhiloxKey1) {
+#pragma GCC unroll 2
+      for (int u = v; u < v + 2; ++u) {
+        Wide x, y;
+        multiply_low(b.c0[u], first, x);
+        multiply_low(b.c2[u], second, y);
+        b.c0[u] = (y >> 32) ^ b.c1[u] ^ uint64_t { key0 };
+        b.c2[u] = (x >> 32) ^ b.c3[u] ^ uint64_t { key1 };
+        b.c1[u] = y;
+        b.c3[u] = x;
+      }
+    }
+  }
+}
+
+template <class T>
+void mask(const Dropout& d, const Masked<T>& m) {
+  typedef uint16_t Numbers __attribute__((vector_size(2 * kDropoutColumns)));
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Bit;
+  typedef Bit Bits __attribute__((vector_size(kDropoutColumns * sizeof(T))));
+  const Numbers threshold = Numbers{} + static_cast<uint16_t>(d.threshold);
+  const int64_t first = m.column / kDropoutColumns, last = (m.column + m.columns - 1) / kDropoutColumns;
+  const uint64_t seed = static_cast<uint64_t>(*d.seed);
+  int64_t row = 0, group = first;
+  while (row < m.rows) {
+    uint64_t c0[kMaskBatch], c1[kMaskBatch];
+    T* to[kMaskBatch];  // of the counter's row
+    int64_t column[kMaskBatch];
+    int count = 0;
+    for (; count < kMaskBatch && row < m.rows; ++count) {
+      c0[count] = static_cast<uint64_t>(group);
+      c1[count] = static_cast<uint64_t>(m.row + row);
+      to[count] = m.data + row * m.stride;
+      column[count] = group * kDropoutColumns - m.column;
+      if (++group > last) group = first, ++row;
+    }
+    for (int l = count; l < kMaskBatch; ++l) c0[l] = c1[l] = 0;
+    MaskBatch b;
+    std::memcpy(b.c0, c0, sizeof c0);
+    std::memcpy(b.c1, c1, sizeof c1);
+    make_numbers(seed, d.stream, b);
+    uint64_t c2[kMaskBatch], c3[kMaskBatch];
+    std::memcpy(c0, b.c0, sizeof c0);
+    std::memcpy(c1, b.c1, sizeof c1);
+    std::memcpy(c2, b.c2, sizeof c2);
+    std::memcpy(c3, b.c3, sizeof c3);
+    for (int l = 0; l < count; ++l) {
+      const uint64_t words[2] = {(c0[l] & 0xffffffffu) | c1[l] << 32, (c2[l] & 0xffffffffu) | c3[l] << 32};
+      Numbers number;
+      std::memcpy(&number, words, sizeof number);
+      const int64_t c = column[l];
+      if (c >= 0 && c + kDropoutColumns <= m.columns) {
+        T* at = to[l] + c;
+        Bits value;
+        std::memcpy(&value, at, sizeof value);
+        value &= __builtin_convertvector(number >= threshold, Bits);
+        std::memcpy(at, &value, sizeof value);
+      } else {
+        for (int j = 0; j < kDropoutColumns; ++j)
+          if (c + j >= 0 && c + j < m.columns && number[j] < d.threshold) to[l][c + j] = T{0};
+      }
+    }
+  }
+}
+
 template <class T>
 ProductKernels<T> products_of() {
   return {2 * lanes_of<T>, kTall,        product<T, false>, product<T, true>, widen_row<T>,
-          narrow_row<T>,   pack_rows<T>, multiply_row<T>,   grouped_dots<T>};
+          narrow_row<T>,   pack_rows<T>, multiply_row<T>,   grouped_dots<T>,  mask<T>};
 }
 
 void products(ProductKernels<float>* f, ProductKernels<double>* d) {

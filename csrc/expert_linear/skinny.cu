@@ -24,7 +24,7 @@ struct Machine {
 // compiled for the device by its driver, has not.
 bool compiled_to_wait() {
   cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, finish<Bfloat, 16>) == cudaSuccess) return attributes.ptxVersion >= 90;
+  if (cudaFuncGetAttributes(&attributes, finish<Bfloat, 16, false>) == cudaSuccess) return attributes.ptxVersion >= 90;
   cudaGetLastError();
   return false;
 }
@@ -135,24 +135,32 @@ DownCut cut_down(const fera_experts& e, int rank, const Machine& m) {
   return best;
 }
 
+// The kernel for a number of splits, and with dropout or without.
+template <class T, int kRank, bool kDrops>
+auto down_kernel(int splits) {
+  return splits == 2   ? down<T, kRank, 2, kDrops>
+         : splits == 4 ? down<T, kRank, 4, kDrops>
+         : splits == 8 ? down<T, kRank, 8, kDrops>
+                       : down<T, kRank, 16, kDrops>;
+}
+
 template <class T, int kRank>
 fera_status launch_down(const fera_expert_update_args& a, T* gated, bool follows, cudaStream_t stream) {
   const fera_experts& e = a.experts;
   const DownCut c = cut_down(e, kRank, machine());
-  const auto kernel = c.splits == 2   ? down<T, kRank, 2>
-                      : c.splits == 4 ? down<T, kRank, 4>
-                      : c.splits == 8 ? down<T, kRank, 8>
-                                      : down<T, kRank, 16>;
+  const auto kernel = e.dropout > 0 ? down_kernel<T, kRank, true>(c.splits) : down_kernel<T, kRank, false>(c.splits);
   return launch(kernel, dim3(static_cast<unsigned>(c.blocks)), kDownWarps * kWarp, down_bytes<kRank>(c.panel), stream,
                 follows, RowsView<const T>{static_cast<const T*>(a.x.data), a.x.stride}, static_cast<int>(e.tokens),
                 static_cast<int>(e.in), weights<T>(e.lora_a, e.a_dtype, e.in, 1, stacked_of(e), e.in), gates_of(e),
-                static_cast<T*>(a.h), gated, c.panel);
+                static_cast<T*>(a.h), gated, c.panel, dropout_of(e));
 }
 
-// `sums` and `up` in one launch; v is (R, width). No rows of y: `sums` only.
+// `sums` and `up` in one launch; v is (R, width). No rows of y: `sums` only. `dropped`: the experts whose dropout is
+// the product's, or NULL.
 template <class T, int kRank>
 fera_status launch_finish(const ReduceArgs& sums, const T* gated, const Weights<T>& v, const fera_rows& base,
-                          const fera_rows& y, int64_t tokens, int64_t width, cudaStream_t stream) {
+                          const fera_rows& y, int64_t tokens, int64_t width, const fera_experts* dropped,
+                          cudaStream_t stream) {
   UpArgs<T> up{gated,
                v,
                {static_cast<const T*>(base.data), base.stride},
@@ -161,7 +169,9 @@ fera_status launch_finish(const ReduceArgs& sums, const T* gated, const Weights<
                static_cast<int>(width),
                static_cast<int>(ceil_div(width, int64_t{kUpGroup})),
                0,
-               0};
+               0,
+               {}};
+  if (dropped != nullptr) up.dropout = dropout_of(*dropped);
   if (y.data != nullptr) {
     // Two blocks fit on a multiprocessor; V is read once a block.
     const int64_t tiles = ceil_div(tokens, int64_t{16});
@@ -171,7 +181,8 @@ fera_status launch_finish(const ReduceArgs& sums, const T* gated, const Weights<
   }
   const int blocks = up.blocks + sums.blocks();
   if (blocks == 0) return FERA_OK;
-  return launch(finish<T, kRank>, dim3(static_cast<unsigned>(blocks)), kUpThreads, 0, stream, true, up, sums);
+  const auto kernel = dropped != nullptr && up.blocks > 0 ? finish<T, kRank, true> : finish<T, kRank, false>;
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), kUpThreads, 0, stream, true, up, sums);
 }
 
 template <class T, int kRank>
@@ -182,7 +193,7 @@ fera_status forward(const fera_expert_update_args& a, const fera_context* contex
   FERA_RETURN_IF_ERROR((launch_down<T, kRank>(a, gated, follows, stream)));
   if (!with_up) return FERA_OK;
   return launch_finish<T, kRank>({}, gated, weights<T>(e.lora_b, e.b_dtype, 1, stacked_of(e), stacked_of(e), e.out),
-                                 a.base, a.y, e.tokens, e.out, stream);
+                                 a.base, a.y, e.tokens, e.out, nullptr, stream);
 }
 
 // How `across` cuts a matrix: tokens of a tile, columns of a block, column blocks, slices of tiles.
@@ -275,6 +286,8 @@ fera_status backward(const fera_expert_update_backward_args& a, const fera_conte
   args.b = weights<T>(e.lora_b, e.b_dtype, stacked, 1, width, stacked);
   args.hidden = l.hidden;
   args.hidden_blocks = l.first.blocks;
+  const bool drops = e.dropout > 0;
+  args.dropout = dropout_of(e);
   const auto pass = [&](auto kernel, const Cut& c, bool after) {
     args.columns = c.columns;
     args.tile = c.tile;
@@ -286,14 +299,15 @@ fera_status backward(const fera_expert_update_backward_args& a, const fera_conte
   args.x = {static_cast<const T*>(a.dy.data), a.dy.stride};
   args.width = width;
   args.partial = a.db ? l.db : nullptr;
-  FERA_RETURN_IF_ERROR(pass(across<T, kRank, true>, l.first, follows));
+  FERA_RETURN_IF_ERROR(pass(across<T, kRank, true, false>, l.first, follows));
   if (a.dx.data || a.da || a.dgate) {
     args.x = {static_cast<const T*>(a.x.data), a.x.stride};
     args.width = a.da ? in : 0;
     args.gated = a.dx.data ? gated : nullptr;
     args.gate_sums = a.dgate ? l.gate_sums : nullptr;
     args.partial = a.da ? l.da : nullptr;
-    FERA_RETURN_IF_ERROR(pass(across<T, kRank, false>, l.second, true));
+    const auto kernel = drops ? across<T, kRank, false, true> : across<T, kRank, false, false>;
+    FERA_RETURN_IF_ERROR(pass(kernel, l.second, true));
   }
   ReduceArgs sums{};
   sums.gates = args.gates;
@@ -307,7 +321,8 @@ fera_status backward(const fera_expert_update_backward_args& a, const fera_conte
   }
   const fera_rows none{nullptr, a.dx.dtype, 0};
   return launch_finish<T, kRank>(sums, gated, weights<T>(e.lora_a, e.a_dtype, e.in, 1, stacked, e.in),
-                                 a.add_to_dx ? a.dx : none, with_up ? a.dx : none, e.tokens, e.in, stream);
+                                 a.add_to_dx ? a.dx : none, with_up ? a.dx : none, e.tokens, e.in, drops ? &e : nullptr,
+                                 stream);
 }
 
 // f(T, rank tag) for the 16-bit dtype and the padded rank.

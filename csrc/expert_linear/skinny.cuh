@@ -10,6 +10,7 @@
 
 #include <type_traits>
 
+#include "common/cuda_dropout.cuh"
 #include "expert_linear/tensor_core.cuh"
 
 namespace fera::cuda {
@@ -75,6 +76,9 @@ struct Gates {
   __device__ int stacked() const { return experts * rank; }
   __device__ float factor(int g, int expert) const { return gate[static_cast<int64_t>(g) * experts + expert] * scale; }
 };
+
+// The template argument kDrops: with dropout. What is kept is scaled in the (T, R) operands, h forward and gate scale
+// dh backward; x and the product for dx are only masked.
 
 __device__ inline uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 

@@ -29,6 +29,7 @@ struct AcrossArgs {
   T* gated;           // second pass, or NULL: gate scale dh, (T, kRank)
   float* gate_sums;  // second pass, or NULL: (tiles, 2, kRank) sums of h dh over the tile's first gate row and its next
   float* partial;    // (slices, R, width), or NULL
+  Dropout dropout;
 };
 
 template <int kRank>
@@ -52,7 +53,7 @@ __device__ inline int across_fragment(int rank, int k) { return rank * 4 + (k ^ 
 // of 16 tokens (and shares the columns with the warps of the same group), and multiplies them by B as they arrive;
 // after one barrier each warp multiplies all tokens of every eighth 16 columns by U, and keeps those sums over the
 // slice. kFirst: over dy. Else over x, with U from the first pass's partial sums.
-template <class T, int kRank, bool kFirst>
+template <class T, int kRank, bool kFirst, bool kDrops>
 __global__ void __launch_bounds__(kAcrossWarps* kWarp, 2) across(const __grid_constant__ AcrossArgs<T> args) {
   constexpr int kRankTiles = kRank / 8, kThreads = kAcrossWarps * kWarp, kPitch = kHiddenPitch<kRank>;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -99,6 +100,20 @@ __global__ void __launch_bounds__(kAcrossWarps* kWarp, 2) across(const __grid_co
     }
   };
 
+  // What this thread has copied, before others read it.
+  auto mask_rows = [&](int first) {
+    const Mask mask(args.dropout);
+    for (int c = split; c < chunks; c += splits) {
+      if (c * 64 + lane % 8 * 8 >= columns) continue;
+#pragma unroll 1
+      for (int r = 0; r < 4; ++r) {
+        const int row = group * 16 + r * 4 + lane / 8;
+        uint4* piece = reinterpret_cast<uint4*>(shared + (at(c, row, lane % 8) - tile));
+        *piece = mask.apply(*piece, first + row, column + c * 64 + lane % 8 * 8);
+      }
+    }
+  };
+
   // U of a tile: a thread has one rank of eight tokens.
   const int q = threadIdx.x % kRank, expert = q / args.gates.rank;
   const bool sums_gates = !kFirst && blockIdx.x == 0 && args.gate_sums != nullptr;
@@ -108,8 +123,12 @@ __global__ void __launch_bounds__(kAcrossWarps* kWarp, 2) across(const __grid_co
       const int rows = q < stacked ? args.tokens - t0 : 0;
       const int g = min(t0, args.tokens - 1) / args.gates.rows_per_gate;
       const int edge = (g + 1) * args.gates.rows_per_gate - t0;  // the eight may reach into the next gate row
-      const float here = q < stacked ? args.gates.factor(g, expert) : 0.f;
-      const float next = q < stacked && edge < 8 && t0 + edge < args.tokens ? args.gates.factor(g + 1, expert) : 0.f;
+      float here = q < stacked ? args.gates.factor(g, expert) : 0.f;
+      float next = q < stacked && edge < 8 && t0 + edge < args.tokens ? args.gates.factor(g + 1, expert) : 0.f;
+      if constexpr (kDrops) {
+        here *= static_cast<float>(args.dropout.scale);
+        next *= static_cast<float>(args.dropout.scale);
+      }
       float v[8] = {}, before[8] = {};
       if (kFirst || sums_gates) {
         const T* from = args.h + static_cast<int64_t>(t0) * stacked + q;
@@ -241,6 +260,7 @@ __global__ void __launch_bounds__(kAcrossWarps* kWarp, 2) across(const __grid_co
         }
     } else {
       wait_copies<0>();
+      if constexpr (kDrops) mask_rows(first);
     }
     __syncthreads();
     if constexpr (kFirst) {

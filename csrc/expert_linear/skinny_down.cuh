@@ -30,9 +30,9 @@ constexpr size_t down_bytes(int panel) {
 
 // 16 warps = 16 / kSplits groups of 16 tokens x kSplits shares of the columns. A block keeps `panel` columns of A (a
 // multiple of 64; all of them where they fit) and takes every gridDim.x-th tile of tokens.
-template <class T, int kRank, int kSplits>
-__global__ void __launch_bounds__(kDownWarps* kWarp, 1)
-    down(RowsView<const T> x, int tokens, int in, Weights<T> a, Gates gates, T* h, T* gated, int panel) {
+template <class T, int kRank, int kSplits, bool kDrops>
+__global__ void __launch_bounds__(kDownWarps* kWarp, 1) down(RowsView<const T> x, int tokens, int in, Weights<T> a,
+                                                             Gates gates, T* h, T* gated, int panel, Dropout dropout) {
   constexpr int kTokens = 16 * kDownWarps / kSplits, kRankTiles = kRank / 8, kThreads = kDownWarps * kWarp;
   extern __shared__ __align__(128) unsigned char shared[];
   uint2* fragments = reinterpret_cast<uint2*>(shared);
@@ -120,6 +120,15 @@ __global__ void __launch_bounds__(kDownWarps* kWarp, 1)
         for (int s = 0; s < kDownDepth; ++s) {
           const int chunk = (round * kDownDepth + s) * kSplits + split;
           if (chunk < chunks) {
+            if constexpr (kDrops) {
+              const Mask mask(dropout);
+#pragma unroll
+              for (int e = 0; e < 2; ++e)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                  buffer[s][e][half] = mask.apply(buffer[s][e][half], tile * kTokens + group * 16 + half * 8 + lane / 4,
+                                                  p * panel + chunk * 64 + e * 32 + lane % 4 * 8);
+            }
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               const uint4 &up = buffer[s][e / 2][0], &low = buffer[s][e / 2][1];
@@ -165,6 +174,7 @@ __global__ void __launch_bounds__(kDownWarps* kWarp, 1)
       float total = 0;
 #pragma unroll
       for (int s = 0; s < kSplits; ++s) total += sums[((row / 16 * kSplits + s) * 16 + row % 16) * kRank + q];
+      if constexpr (kDrops) total *= static_cast<float>(dropout.scale);
       const T rounded = narrow<T>(total);
       if (q < stacked) h[static_cast<int64_t>(t) * stacked + q] = rounded;
       gated[static_cast<int64_t>(t) * kRank + q] = narrow<T>(q < stacked ? widen(rounded) * factor[i] : 0.f);

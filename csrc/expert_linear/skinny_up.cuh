@@ -38,6 +38,7 @@ struct UpArgs {
   int tokens, width, columns;  // blocks of 64 columns
   int tiles_per_slice;         // of 16 tokens
   int blocks;                  // or 0
+  Dropout dropout;             // of the product
 };
 
 // A warp adds every eighth slice of 32 pairs of numbers, then the first warp adds the warps.
@@ -101,7 +102,7 @@ __device__ inline void reduce_block(const ReduceArgs& args, int block) {
 // A block has 64 columns and a slice of the tokens, a warp every eighth 16 tokens of it. Of 32 columns a lane reads and
 // writes eight side by side: columns 2 (l % 4) + {0, 1} of mma tile n are its numbers 2 n + {0, 1}. Likewise the ranks
 // that are its k in the product are side by side in gated.
-template <class T, int kRank>
+template <class T, int kRank, bool kDrops>
 __device__ inline void up_block(const UpArgs<T>& args, int block) {
   constexpr int kSteps = kRank / 16, kRanks = kRank / 4;  // a lane's ranks
   constexpr int kDepth = kRank == 16 ? 3 : 2;             // pieces of 16 tokens a warp keeps in flight
@@ -205,6 +206,14 @@ __device__ inline void up_block(const UpArgs<T>& args, int block) {
         for (int half = 0; half < 2; ++half) {
           const int t = tile * 16 + half * 8 + lane / 4, c = column + group * 32 + lane % 4 * 8;
           if (tile >= last || t >= args.tokens || c >= args.width) continue;
+          if constexpr (kDrops) {
+            const uint4 kept = Mask(args.dropout).words(t, c);
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+              if ((word(kept, n) & 1u) == 0) sum[n][half * 2] = 0.f;
+              if ((word(kept, n) >> 16) == 0) sum[n][half * 2 + 1] = 0.f;
+            }
+          }
           uint32_t now[4];
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
@@ -222,13 +231,13 @@ __device__ inline void up_block(const UpArgs<T>& args, int block) {
 
 // grid: the blocks of `up`, column blocks x slices of tokens, then those of `reduce`; either may be none. `up` comes
 // first because it has something to read before the wait.
-template <class T, int kRank>
+template <class T, int kRank, bool kDrops>
 __global__ void __launch_bounds__(kUpThreads, 2)
     finish(const __grid_constant__ UpArgs<T> up, const __grid_constant__ ReduceArgs sums) {
   const int block = blockIdx.x;
   let_next_start();
   if (block < up.blocks) {
-    up_block<T, kRank>(up, block);
+    up_block<T, kRank, kDrops>(up, block);
   } else {
     wait_for_previous();
     reduce_block<kRank>(sums, block - up.blocks);

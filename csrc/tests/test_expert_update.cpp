@@ -1,4 +1,5 @@
 // expert_update and its backward against triple loops in double.
+#include "common/dropout.h"
 #include "tests/harness.h"
 
 using namespace test;
@@ -12,6 +13,7 @@ struct Case {
   int experts, rank;
   int64_t gates;
   bool in_place = false, add_to_dx = false, padded_rows = false;
+  double dropout = 0;
   std::string what() const {
     char text[160];
     std::snprintf(text, sizeof text, "%s %s/%s T=%d %d->%d E=%d r=%d G=%d", name_of(device), name_of(dtype),
@@ -20,6 +22,17 @@ struct Case {
     return text;
   }
 };
+
+constexpr int64_t kSeed = (int64_t{77} << 32) + 5;
+constexpr uint32_t kStream = 3;
+
+// What dropout makes of an element: 0 or 1 / (1 - p).
+double kept(const Case& c, int64_t row, int64_t column) {
+  uint32_t words[4];
+  fera::dropout_numbers(kSeed, kStream, static_cast<uint32_t>(row), static_cast<uint32_t>(column / 8), words);
+  const uint32_t number = words[column % 8 / 2] >> column % 2 * 16 & 0xffffu;
+  return number >= c.dropout * 65536 ? 1 / (1 - c.dropout) : 0;
+}
 
 // (rows, width) with gaps between rows when padded; aligned rows stay aligned.
 struct Rows : Matrix {
@@ -62,9 +75,16 @@ Results compute(const Case& c, Inputs& in, Threads threads, bool all = true) {
             Array(c.device, compute_of(c.dtype), static_cast<int64_t>(in.gate.size()))};
   if (c.in_place) r.y.set(in.base);
   if (c.add_to_dx) r.dx.set(in.dx);
-  const fera_experts experts{
-      c.tokens, c.in,           c.out,    c.experts,      c.rank,      c.gates ? c.tokens / c.gates : 1,
-      a.data(), c.weight_dtype, b.data(), c.weight_dtype, gate.data(), in.scale};
+  Buffer seed(c.device, 8);
+  seed.upload(&kSeed);
+  const fera_experts experts{c.tokens,    c.in,
+                             c.out,       c.experts,
+                             c.rank,      c.gates ? c.tokens / c.gates : 1,
+                             a.data(),    c.weight_dtype,
+                             b.data(),    c.weight_dtype,
+                             gate.data(), in.scale,
+                             c.dropout,   c.dropout > 0 ? static_cast<const int64_t*>(seed.data()) : nullptr,
+                             kStream};
   const fera_expert_update_args f{experts, x.view, c.in_place ? r.y.view : base.view, r.y.view, r.h.data(),
                                   {},      nullptr};
   EXPECT_OK(FERA_RUN(expert_update, c.device, f, threads));
@@ -95,12 +115,14 @@ void check(const Case& c) {
   Values h(static_cast<size_t>(c.tokens * stacked)), y = in.base, dx(in.x.size(), 0.0), da(a.size(), 0.0),
                                                      db(b.size(), 0.0), dgate(in.gate.size(), 0.0);
   if (c.add_to_dx) dx = in.dx;
+  Values keep(in.x.size(), 1.0);
+  for (int64_t i = 0; c.dropout > 0 && i < c.tokens * c.in; ++i) keep[i] = kept(c, i / c.in, i % c.in);
   for (int64_t t = 0; t < c.tokens; ++t)
     for (int64_t i = 0; i < stacked; ++i) {
       const int64_t at_gate = t / each * c.experts + i / c.rank;
       const double factor = in.gate[at_gate] * in.scale;
       double sum = 0, dh = 0;
-      for (int64_t j = 0; j < c.in; ++j) sum += in.x[t * c.in + j] * a[i * c.in + j];
+      for (int64_t j = 0; j < c.in; ++j) sum += in.x[t * c.in + j] * keep[t * c.in + j] * a[i * c.in + j];
       h[t * stacked + i] = sum;
       sum = rounded(c.dtype, sum);
       for (int64_t o = 0; o < c.out; ++o) {
@@ -111,8 +133,8 @@ void check(const Case& c) {
       }
       dgate[at_gate] += in.scale * sum * dh;
       for (int64_t j = 0; j < c.in; ++j) {
-        dx[t * c.in + j] += factor * dh * a[i * c.in + j];
-        da[i * c.in + j] += factor * dh * in.x[t * c.in + j];
+        dx[t * c.in + j] += factor * dh * a[i * c.in + j] * keep[t * c.in + j];
+        da[i * c.in + j] += factor * dh * in.x[t * c.in + j] * keep[t * c.in + j];
       }
     }
   const std::string what = c.what();
@@ -207,7 +229,9 @@ void bits(fera_device device) {
                          {device, FERA_BF16, FERA_F32, 430, 70, 90, 3, 4, 2},
                          {device, FERA_F64, FERA_F64, 9, 700, 2, 1, 2, 1},
                          {device, FERA_BF16, FERA_F32, 600, 320, 328, 3, 4, 3},
-                         {device, FERA_F16, FERA_F32, 1600, 136, 648, 3, 7, 100}};
+                         {device, FERA_F16, FERA_F32, 1600, 136, 648, 3, 7, 100},
+                         {device, FERA_F32, FERA_F32, 430, 70, 90, 3, 4, 2, false, false, false, 0.25},
+                         {device, FERA_BF16, FERA_F32, 600, 320, 328, 3, 4, 3, false, true, false, 0.25}};
   for (const Case& c : kCases) {
     Inputs in(c);
     const Results first = compute(c, in, Threads::none);
@@ -222,6 +246,70 @@ void bits(fera_device device) {
       }
   }
   done("expert_update same bits", device);
+}
+
+// Every way of taking x and of writing dx: columns that eight does not divide, panels of all widths, tails of tokens.
+void dropout(fera_device device) {
+  // Known answers of Philox4x32-10 (Random123's kat_vectors): the counter is (group, row, stream, 0).
+  uint32_t words[4];
+  fera::dropout_numbers(0, 0, 0, 0, words);
+  if (words[0] != 0x6627e8d5u || words[1] != 0xe169c58du || words[2] != 0xbc57ac4cu || words[3] != 0x9b00dbd8u)
+    fail("Philox4x32-10 of zeros is another");
+  struct Shape {
+    int64_t tokens, in, out;
+    int experts, rank;
+    int64_t gates;
+  };
+  const Shape kShapes[] = {{96, 64, 48, 3, 4, 2},     {50, 33, 65, 3, 5, 5},      {1, 5, 7, 1, 1, 1},
+                           {100, 300, 20, 4, 32, 4},  {60, 40, 32, 8, 64, 1},     {0, 8, 8, 2, 2, 0},
+                           {270, 31, 33, 1, 33, 1},   {300, 328, 200, 3, 4, 3},   {154, 72, 648, 3, 5, 2},
+                           {96, 136, 1032, 2, 16, 6}, {1200, 1288, 40, 1, 12, 4}, {40, 6800, 24, 1, 17, 1}};
+  int turn = 0;
+  for (const Shape& s : kShapes)
+    for (const fera_dtype t : kDtypes) {
+      const fera_dtype w = turn % 2 == 0 || t == FERA_F64 ? t : FERA_F32;
+      const Case c{device,
+                   t,
+                   w,
+                   s.tokens,
+                   s.in,
+                   s.out,
+                   s.experts,
+                   s.rank,
+                   s.gates,
+                   turn % 2 == 0,
+                   turn % 3 == 0,
+                   turn % 4 < 2,
+                   turn % 5 == 0 ? 0.75 : 0.125};
+      ++turn;
+      check(c);
+    }
+  done("expert_update dropout", device);
+}
+
+// The mask by itself, and added to what is there.
+void expert_dropout(fera_device device) {
+  for (const fera_dtype t : kDtypes) {
+    Case c{device, t, t, 37, 27, 1, 1, 1, 1};
+    c.dropout = 0.5;  // what is kept is doubled, exactly
+    Values from = normal(c.tokens * c.in), to = normal(c.tokens * c.in);
+    Rows x(device, t, c.tokens, c.in, true), y(device, t, c.tokens, c.in, false);
+    x.set(from);
+    Buffer seed(device, 8);
+    seed.upload(&kSeed);
+    for (const int add : {0, 1}) {
+      y.set(to);
+      const fera_expert_dropout_args args{
+          c.tokens, c.in, x.view, y.view, add, c.dropout, static_cast<const int64_t*>(seed.data()), kStream};
+      EXPECT_OK(FERA_RUN(expert_dropout, device, args, Threads::many));
+      const Values got = y.values();
+      for (int64_t i = 0; i < c.tokens * c.in; ++i) {
+        const double want = from[i] * kept(c, i / c.in, i % c.in) + (add ? to[i] : 0);
+        if (std::abs(got[i] - rounded(t, want)) > (t == FERA_F32 ? 1e-6 : 0)) fail("expert_dropout of %s", name_of(t));
+      }
+    }
+  }
+  done("expert_dropout", device);
 }
 
 void nan_stays(fera_device device) {
@@ -256,6 +344,22 @@ void errors(fera_device device) {
   e = good;
   e.y.stride = 7;
   expect_error(FERA_RUN(expert_update, device, e), FERA_INVALID, "expert_update: y.stride must be at least 8, got 7");
+  e = good;
+  e.experts.dropout = 1;
+  expect_error(FERA_RUN(expert_update, device, e), FERA_INVALID, "expert_update: dropout must be in [0, 1), got 1");
+  e.experts.dropout = 0.5;
+  expect_error(FERA_RUN(expert_update, device, e), FERA_INVALID,
+               "expert_update: seed must be a pointer with dropout, got NULL");
+  e.experts.dropout = 0;
+  e.experts.seed = static_cast<const int64_t*>(gate.data());
+  expect_error(FERA_RUN(expert_update, device, e), FERA_INVALID,
+               "expert_update: seed must be NULL without dropout, got a pointer");
+  if (device == FERA_CUDA) {
+    e.experts.dropout = 0.5;
+    e.weight = x.view;
+    expect_error(FERA_RUN(expert_update, device, e), FERA_INVALID,
+                 "expert_update: weight must be NULL where dropout is asked for, got a pointer");
+  }
   done("expert_update errors", device);
 }
 
@@ -265,6 +369,8 @@ int main() {
   for (const fera_device device : devices()) {
     shapes(device);
     if (device == FERA_CUDA) cuts(device);
+    dropout(device);
+    expert_dropout(device);
     bits(device);
     nan_stays(device);
     errors(device);

@@ -26,7 +26,7 @@ const char* band_variant(int64_t n, int64_t p, int64_t h, int64_t w, int dtype, 
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fera_ext's torch operators; importing it registers torch.ops.fera_ext";
-  m.attr("bindings") = 8;  // fera_ext/_extension.py expects this number
+  m.attr("bindings") = 9;  // fera_ext/_extension.py expects this number
   m.attr("core_version") = fera_version();
   m.attr("core_cpu_isa") = fera_cpu_isa();
   m.attr("core_cuda") = fera_has_cuda() != 0;

@@ -104,18 +104,21 @@ Gradients linear_backward(const char* op, const Tensor& dy, const Tensor& x, con
 namespace {
 
 std::tuple<Tensor, Tensor> expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                         const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate, double scale) {
+                                         const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate, double scale,
+                                         double dropout, const OptionalTensor& seed, int64_t stream) {
   const char* op = "expert_linear";
   const DeviceScope scope(x);
   const NoAutocast products;
   dtype_of(op, "x", x);
   FERA_REQUIRE(op, x.dim() >= 2, "x", "(N, ..., in)", x.sizes());
   check_linear(op, x, weight, bias);
-  return linear_forward(op, x, weight, bias, Experts(op, x, weight.size(0), lora_a, lora_b, gate, scale));
+  return linear_forward(op, x, weight, bias,
+                        Experts(op, x, weight.size(0), lora_a, lora_b, gate, scale, {dropout, seed, stream}));
 }
 
 std::tuple<Tensor, Tensor> expert_update(const Tensor& base_out, const Tensor& x, const Tensor& lora_a,
-                                         const Tensor& lora_b, const Tensor& gate, double scale) {
+                                         const Tensor& lora_b, const Tensor& gate, double scale, double dropout,
+                                         const OptionalTensor& seed, int64_t stream) {
   const char* op = "expert_update";
   const DeviceScope scope(x);
   dtype_of(op, "x", x);
@@ -126,7 +129,7 @@ std::tuple<Tensor, Tensor> expert_update(const Tensor& base_out, const Tensor& x
   FERA_REQUIRE(op, base_out.scalar_type() == x.scalar_type(), "base_out", join("of x's dtype ", x.scalar_type()),
                base_out.scalar_type());
   require_same_device(op, "base_out", base_out, x);
-  const Experts experts(op, x, base_out.size(-1), lora_a, lora_b, gate, scale);
+  const Experts experts(op, x, base_out.size(-1), lora_a, lora_b, gate, scale, {dropout, seed, stream});
   const Rows x_rows(op, "x", x, experts.view.in), base_rows(op, "base_out", base_out, experts.view.out);
   const fera_rows y_rows{nullptr, x_rows.view.dtype, experts.view.out};
   const fera_expert_update_args args{experts.view, x_rows.view, base_rows.view, y_rows, nullptr, {}, nullptr};
@@ -140,7 +143,9 @@ std::tuple<Tensor, Tensor> expert_update(const Tensor& base_out, const Tensor& x
 std::tuple<Tensor, Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& h,
                                                                   const OptionalTensor& weight, const Tensor& lora_a,
                                                                   const Tensor& lora_b, const Tensor& gate,
-                                                                  double scale, std::array<bool, 4> wanted) {
+                                                                  double scale, std::array<bool, 4> wanted,
+                                                                  double dropout, const OptionalTensor& seed,
+                                                                  int64_t stream) {
   const char* op = "expert_linear_backward";
   const DeviceScope scope(x);
   const NoAutocast products;
@@ -152,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& 
                  join("(", dy.size(-1), ", ", x.size(-1), ")"), weight->sizes());
     check_linear(op, x, *weight, {});
   }
-  const Experts experts(op, x, dy.size(-1), lora_a, lora_b, gate, scale);
+  const Experts experts(op, x, dy.size(-1), lora_a, lora_b, gate, scale, {dropout, seed, stream});
   check_hidden(op, x, h, experts);
   const Gradients g = linear_backward(op, dy, x, h, weight, experts, wanted);
   return {g.dx, g.da, g.db, g.dgate.to(gate.scalar_type())};
@@ -165,16 +170,23 @@ void register_kernels(torch::Library& m) {
 }
 
 // What expert_linear and expert_update share of their formulas: x, lora_a, lora_b and gate are the first variables.
-// saved: x, h, lora_a, lora_b, gate. Their gradients; undefined where not wanted.
+// saved: x, h, lora_a, lora_b, gate, and the seed of dropout. Their gradients; undefined where not wanted.
 Variables expert_gradients(Context* ctx, const Tensor& dy, const Variables& saved, const OptionalTensor& weight,
                            std::array<bool, 4> wanted) {
-  auto [dx, da, db, dgate] =
-      call_operator<expert_linear_backward>("fera_ext::expert_linear_backward", dy, saved[0], saved[1], weight,
-                                            saved[2], saved[3], saved[4], ctx->saved_data["scale"].toDouble(), wanted);
+  auto [dx, da, db, dgate] = call_operator<expert_linear_backward>(
+      "fera_ext::expert_linear_backward", dy, saved[0], saved[1], weight, saved[2], saved[3], saved[4],
+      ctx->saved_data["scale"].toDouble(), wanted, ctx->saved_data["dropout"].toDouble(), optional(saved[5]),
+      ctx->saved_data["stream"].toInt());
   Variables grads{dx, da, db, dgate};
   for (size_t i = 0; i < wanted.size(); ++i)
     if (!wanted[i]) grads[i].reset();
   return grads;
+}
+
+void save_numbers(Context* ctx, double scale, const DropoutArguments& dropout) {
+  ctx->saved_data["scale"] = scale;
+  ctx->saved_data["dropout"] = dropout.p;
+  ctx->saved_data["stream"] = dropout.stream;
 }
 
 std::array<bool, 4> wanted_gradients(Context* ctx) {
@@ -186,26 +198,27 @@ bool any(const std::array<bool, 4>& flags) { return flags[0] || flags[1] || flag
 class ExpertLinear : public Formula<ExpertLinear> {
  public:
   static Tensor forward(Context* ctx, const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate,
-                        const Tensor& weight, const OptionalTensor& bias, double scale, Tensor* h) {
+                        const Tensor& weight, const OptionalTensor& bias, double scale, const DropoutArguments& dropout,
+                        Tensor* h) {
     Tensor y;
-    std::tie(y, *h) =
-        call_below_autograd<expert_linear>("fera_ext::expert_linear", x, weight, bias, lora_a, lora_b, gate, scale);
+    std::tie(y, *h) = call_below_autograd<expert_linear>("fera_ext::expert_linear", x, weight, bias, lora_a, lora_b,
+                                                         gate, scale, dropout.p, dropout.seed, dropout.stream);
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({x, *h, lora_a, lora_b, gate, weight});
-    ctx->saved_data["scale"] = scale;
+    ctx->save_for_backward({x, *h, lora_a, lora_b, gate, dropout.seed.value_or(Tensor()), weight});
+    save_numbers(ctx, scale, dropout);
     ctx->saved_data["biased"] = bias.has_value() && bias->defined();  // an absent one is no variable
     return y;
   }
 
   static Variables backward(Context* ctx, const Variables& upstream) {
-    Variables grads(8);
+    Variables grads(9);
     const Tensor& dy = upstream[0];
     if (!dy.defined()) return grads;
     // Read once: under checkpointing each read asks for the recomputation.
     const Variables saved = ctx->get_saved_variables();
     const std::array<bool, 4> wanted = wanted_gradients(ctx);
-    if (any(wanted)) grads = expert_gradients(ctx, dy, saved, saved[5], wanted);
-    grads.resize(8);
+    if (any(wanted)) grads = expert_gradients(ctx, dy, saved, saved[6], wanted);
+    grads.resize(9);
     std::tie(grads[4], grads[5]) = base_gradients(dy, saved[0], ctx->needs_input_grad(4),
                                                   ctx->saved_data["biased"].toBool() && ctx->needs_input_grad(5));
     return grads;
@@ -214,45 +227,51 @@ class ExpertLinear : public Formula<ExpertLinear> {
 
 std::tuple<Tensor, Tensor> expert_linear_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                                   const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate,
-                                                  double scale) {
+                                                  double scale, double dropout, const OptionalTensor& seed,
+                                                  int64_t stream) {
   if (!recorded(x, weight, bias, lora_a, lora_b, gate))
-    return call_below_autograd<expert_linear>("fera_ext::expert_linear", x, weight, bias, lora_a, lora_b, gate, scale);
+    return call_below_autograd<expert_linear>("fera_ext::expert_linear", x, weight, bias, lora_a, lora_b, gate, scale,
+                                              dropout, seed, stream);
   Tensor h;
-  const Tensor y = ExpertLinear::apply(x, lora_a, lora_b, gate, weight, bias, scale, &h);
+  const Tensor y =
+      ExpertLinear::apply(x, lora_a, lora_b, gate, weight, bias, scale, DropoutArguments{dropout, seed, stream}, &h);
   return {y, h};
 }
 
 class ExpertUpdate : public Formula<ExpertUpdate> {
  public:
   static Tensor forward(Context* ctx, const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate,
-                        const Tensor& base_out, double scale, Tensor* h) {
+                        const Tensor& base_out, double scale, const DropoutArguments& dropout, Tensor* h) {
     Tensor y;
-    std::tie(y, *h) =
-        call_below_autograd<expert_update>("fera_ext::expert_update", base_out, x, lora_a, lora_b, gate, scale);
+    std::tie(y, *h) = call_below_autograd<expert_update>("fera_ext::expert_update", base_out, x, lora_a, lora_b, gate,
+                                                         scale, dropout.p, dropout.seed, dropout.stream);
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({x, *h, lora_a, lora_b, gate});
-    ctx->saved_data["scale"] = scale;
+    ctx->save_for_backward({x, *h, lora_a, lora_b, gate, dropout.seed.value_or(Tensor())});
+    save_numbers(ctx, scale, dropout);
     return y;
   }
 
   static Variables backward(Context* ctx, const Variables& upstream) {
-    Variables grads(7);
+    Variables grads(8);
     const Tensor& dy = upstream[0];
     if (!dy.defined()) return grads;
     const std::array<bool, 4> wanted = wanted_gradients(ctx);
     if (any(wanted)) grads = expert_gradients(ctx, dy, ctx->get_saved_variables(), {}, wanted);
-    grads.resize(7);
+    grads.resize(8);
     if (ctx->needs_input_grad(4)) grads[4] = dy;
     return grads;
   }
 };
 
 std::tuple<Tensor, Tensor> expert_update_autograd(const Tensor& base_out, const Tensor& x, const Tensor& lora_a,
-                                                  const Tensor& lora_b, const Tensor& gate, double scale) {
+                                                  const Tensor& lora_b, const Tensor& gate, double scale,
+                                                  double dropout, const OptionalTensor& seed, int64_t stream) {
   if (!recorded(base_out, x, lora_a, lora_b, gate))
-    return call_below_autograd<expert_update>("fera_ext::expert_update", base_out, x, lora_a, lora_b, gate, scale);
+    return call_below_autograd<expert_update>("fera_ext::expert_update", base_out, x, lora_a, lora_b, gate, scale,
+                                              dropout, seed, stream);
   Tensor h;
-  const Tensor y = ExpertUpdate::apply(x, lora_a, lora_b, gate, base_out, scale, &h);
+  const Tensor y =
+      ExpertUpdate::apply(x, lora_a, lora_b, gate, base_out, scale, DropoutArguments{dropout, seed, stream}, &h);
   return {y, h};
 }
 
@@ -261,35 +280,39 @@ std::tuple<Tensor, Tensor> expert_update_autograd(const Tensor& base_out, const 
 template <c10::DeviceType Device, c10::DispatchKey Key>
 std::tuple<Tensor, Tensor> expert_linear_autocast(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                                   const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate,
-                                                  double scale) {
+                                                  double scale, double dropout, const OptionalTensor& seed,
+                                                  int64_t stream) {
   const c10::impl::ExcludeDispatchKeyGuard guard(Key);
   const at::ScalarType type = at::autocast::get_autocast_dtype(Device);
   return call_operator<expert_linear>("fera_ext::expert_linear", at::autocast::cached_cast(type, x, Device),
                                       at::autocast::cached_cast(type, weight, Device),
-                                      at::autocast::cached_cast(type, bias, Device), lora_a, lora_b, gate, scale);
+                                      at::autocast::cached_cast(type, bias, Device), lora_a, lora_b, gate, scale,
+                                      dropout, seed, stream);
 }
 
 template <c10::DeviceType Device, c10::DispatchKey Key>
 std::tuple<Tensor, Tensor> expert_update_autocast(const Tensor& base_out, const Tensor& x, const Tensor& lora_a,
-                                                  const Tensor& lora_b, const Tensor& gate, double scale) {
+                                                  const Tensor& lora_b, const Tensor& gate, double scale,
+                                                  double dropout, const OptionalTensor& seed, int64_t stream) {
   const c10::impl::ExcludeDispatchKeyGuard guard(Key);
   // The base layer has chosen its output's dtype already; x follows it.
   return call_operator<expert_update>("fera_ext::expert_update", base_out, x.to(base_out.scalar_type()), lora_a, lora_b,
-                                      gate, scale);
+                                      gate, scale, dropout, seed, stream);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fera_ext, m) {
   m.def(
-      "expert_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor gate, float scale)"
-      " -> (Tensor, Tensor)");
+      "expert_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor gate, float scale,"
+      " float dropout=0.0, Tensor? seed=None, int stream=0) -> (Tensor, Tensor)");
   m.def(
-      "expert_update(Tensor base_out, Tensor x, Tensor lora_a, Tensor lora_b, Tensor gate, float scale)"
-      " -> (Tensor, Tensor)");
+      "expert_update(Tensor base_out, Tensor x, Tensor lora_a, Tensor lora_b, Tensor gate, float scale,"
+      " float dropout=0.0, Tensor? seed=None, int stream=0) -> (Tensor, Tensor)");
   m.def(
       "expert_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor? weight, Tensor lora_a, Tensor lora_b,"
-      " Tensor gate, float scale, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+      " Tensor gate, float scale, bool[4] wanted, float dropout=0.0, Tensor? seed=None, int stream=0)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(fera_ext, CPU, m) { register_kernels(m); }

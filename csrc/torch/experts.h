@@ -36,6 +36,14 @@ class Rows {
   fera_rows view;
 };
 
+// Dropout on the experts' input as the operators take it: p, a tensor with the seed, the layer's number. No tensor in
+// here is a variable of an autograd formula.
+struct DropoutArguments {
+  double p = 0;
+  OptionalTensor seed;
+  int64_t stream = 0;
+};
+
 // The adapter's operands, checked against x, kept alive beside the struct that points into them. `of` ends the
 // arguments' names in messages: "[1]" for a group's second member.
 class Experts {
@@ -76,13 +84,34 @@ class Experts {
             b.data_ptr(),
             dtype_of(op, "lora_b", b),
             g.data_ptr(),
-            scale};
+            scale,
+            0,
+            nullptr,
+            0};
+  }
+
+  // The same with dropout; the kernels read the seed where it is. Without (p = 0) a seed is not looked at.
+  Experts(const char* op, const Tensor& x, int64_t out, const Tensor& lora_a, const Tensor& lora_b, const Tensor& gate,
+          double scale, const DropoutArguments& dropout)
+      : Experts(op, x, out, lora_a, lora_b, gate, scale) {
+    FERA_REQUIRE(op, dropout.p >= 0 && dropout.p < 1, "dropout", "in [0, 1)", dropout.p);
+    if (dropout.p == 0) return;
+    FERA_REQUIRE(op, dropout.seed.has_value() && dropout.seed->defined(), "seed", "a tensor with dropout", "None");
+    seed = *dropout.seed;
+    FERA_REQUIRE(op, seed.scalar_type() == at::kLong && seed.numel() == 1, "seed", "one number of int64",
+                 join(seed.scalar_type(), " ", seed.sizes()));
+    require_same_device(op, "seed", seed, x);
+    FERA_REQUIRE(op, dropout.stream >= 0 && dropout.stream <= UINT32_MAX, "stream", "from 0 to 2^32 - 1",
+                 dropout.stream);
+    view.dropout = dropout.p;
+    view.seed = seed.const_data_ptr<int64_t>();
+    view.stream = static_cast<uint32_t>(dropout.stream);
   }
 
   int64_t stacked() const { return int64_t{view.experts} * view.rank; }
   int64_t groups() const { return g.size(0); }
 
-  Tensor a, b, g;
+  Tensor a, b, g, seed;
   fera_experts view;
 };
 
@@ -148,6 +177,7 @@ inline std::tuple<Tensor, Tensor> base_gradients(const Tensor& dy, const Tensor&
 //   h = x A^T                        y += h B'^T
 //   dh' = dy B'    dx += dh' A       dA = dh'^T x
 //   M = dy^T h, one a gate row:      dB = sum_g gate_g scale M_g,   dgate[g, m] = scale <M_g, B> over m's columns
+// Dropout is a pass of its own here, over x for its products and over dh' A.
 class Library {
  public:
   Library(const Tensor& x, const Experts& experts)
@@ -161,7 +191,7 @@ class Library {
 
   // h (T, R); y (T, out) is updated.
   Tensor forward(const Tensor& y) const {
-    const Tensor h = at::matmul(x_, a_.t());
+    const Tensor h = at::matmul(dropped(), a_.t());
     if (x_.size(0) > 0) grouped(y).baddbmm_(grouped(h), gated_b().transpose(1, 2));
     return h;
   }
@@ -179,8 +209,14 @@ class Library {
     }
     if (wanted[0] || wanted[1]) {
       const Tensor dh = at::bmm(grouped(dy), gated_b()).view({x_.size(0), r_});
-      if (wanted[0]) dx = dx.defined() ? dx.addmm_(dh, a_) : at::matmul(dh, a_);
-      if (wanted[1]) da = at::matmul(dh.t(), x_).view(e_.a.sizes()).to(e_.a.scalar_type());
+      if (wanted[0] && e_.view.dropout > 0) {
+        const Tensor product = at::matmul(dh, a_);
+        drop(product, dx.defined() ? dx : product, dx.defined());
+        if (!dx.defined()) dx = product;
+      } else if (wanted[0]) {
+        dx = dx.defined() ? dx.addmm_(dh, a_) : at::matmul(dh, a_);
+      }
+      if (wanted[1]) da = at::matmul(dh.t(), dropped()).view(e_.a.sizes()).to(e_.a.scalar_type());
     }
     if (wanted[2] || wanted[3]) {
       const at::ScalarType wide = e_.g.scalar_type();
@@ -192,6 +228,21 @@ class Library {
   }
 
  private:
+  // Both (T, in) and contiguous.
+  void drop(const Tensor& from, const Tensor& to, bool add) const {
+    const fera_experts& e = e_.view;
+    const fera_dtype dtype = dtype_of("expert_dropout", "x", from);
+    const fera_expert_dropout_args args{
+        e.tokens, e.in, {from.data_ptr(), dtype, e.in}, {to.data_ptr(), dtype, e.in}, add, e.dropout, e.seed, e.stream};
+    FERA_CALL(from, expert_dropout, args);
+  }
+  Tensor dropped() const {
+    if (e_.view.dropout == 0 || x_.numel() == 0) return x_;
+    const Tensor to = at::empty(x_.sizes(), x_.options());
+    drop(x_.contiguous(), to, false);
+    return to;
+  }
+
   std::array<int64_t, 4> by_expert(int64_t rows) const { return {rows, out_, e_.view.experts, e_.view.rank}; }
   Tensor grouped(const Tensor& t) const { return t.view({g_, x_.size(0) / g_, t.size(-1)}); }
   Tensor gated_b() const {  // (G, out, R), multiplied in the compute dtype and rounded once

@@ -115,6 +115,7 @@ def attach_layers(
                 config.lora_dropout,
                 state,
                 dtype=dtype,
+                stream=len(wrapped),
             )
     layers = {path: wrapped[id(module)] for path, module in matched.items()}
     first = next(iter(layers.values()))

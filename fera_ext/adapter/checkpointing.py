@@ -27,7 +27,7 @@ class Segment:
         calls: how many operator calls the block makes, roughly: its adapted layers.
 
     The recomputation runs the same layers as one as the forward did (:attr:`fera_ext.nn.GateState.plan`): it must
-    save the same tensors.
+    save the same tensors. It also drops the same parts of the experts' input (:attr:`fera_ext.nn.GateState.seed`).
     """
 
     def __init__(self, function: Callable[..., Any], state: GateState, calls: int) -> None:
@@ -36,19 +36,20 @@ class Segment:
         self.calls = calls
         self.enabled = state.enabled  # whether the experts act in this forward
         self.plan = state.plan
+        self.seed = state.seed
 
     def __call__(self, gate: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         state = self.state
-        before = state.gate, state.enabled, state.plan, state.calls, state.fans
+        before = state.gate, state.seed, state.enabled, state.plan, state.calls, state.fans
         state.drop_kept()  # a recomputation begins with nothing kept, and so must its forward
-        state.gate, state.enabled, state.plan = gate, self.enabled, self.plan
+        state.gate, state.seed, state.enabled, state.plan = gate, self.seed, self.enabled, self.plan
         state.calls, state.fans = self.calls, {}
         try:
             result = self.function(*args, **kwargs)
             state.drop_kept(wasted=True)
             return result
         finally:
-            state.gate, state.enabled, state.plan, state.calls, state.fans = before
+            state.gate, state.seed, state.enabled, state.plan, state.calls, state.fans = before
             state.drop_kept()
 
 

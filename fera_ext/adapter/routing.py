@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ from fera_ext.adapter import checkpointing
 from fera_ext.adapter.guards import LayoutGuard, check_replica
 from fera_ext.architectures import Extract, LatentSize, check_latent
 from fera_ext.bands import Bands
-from fera_ext.nn import GateState, SoftFrequencyRouter
+from fera_ext.nn import FeraLinear, GateState, SoftFrequencyRouter
 from fera_ext.nn.sharing import saving_hooks
-from fera_ext.nn.state import Replay
+from fera_ext.nn.state import Replay, draw_seed
 
 
 class Routing:
@@ -27,7 +27,7 @@ class Routing:
         bands: the definition of the frequency bands.
         extract: finds the latent in a call's arguments.
         state: the gate state shared with the adapted layers.
-        paths: the dotted paths of the adapted layers.
+        layers: the adapted layers by dotted path.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Routing:
         bands: Bands,
         extract: Extract,
         state: GateState,
-        paths: Iterable[str],
+        layers: Mapping[str, FeraLinear],
     ) -> None:
         self.router = router
         self.bands = bands
@@ -45,8 +45,9 @@ class Routing:
         self.state = state
         self.size = LatentSize()
         self.checkpointing = checkpointing.checkpointing_modules(model)
-        self.guard = LayoutGuard(model, paths)
-        self._outer: Tensor | None = None
+        self.guard = LayoutGuard(model, layers)
+        self._layers = tuple(dict.fromkeys(layers.values()))
+        self._outer: tuple[Tensor | None, Tensor | None] = None, None
         self._latent: Tensor | None = None
         self._handles = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
@@ -82,13 +83,17 @@ class Routing:
                 # A checkpoint around the denoiser and more: its recomputation may begin before any hook of ours could
                 # tell it which plan its forward had. Both take the first one.
                 state.plan = 0
-            self._outer = state.gate
+            self._outer = state.gate, state.seed
             checkpointing.bind(self.checkpointing, state)
         if not state.enabled:
             return
         latent = check_latent(self.extract(args, kwargs, self.size), model)
         self.guard.check(latent.shape[0])
         state.gate = state.last = self.evaluate(latent)
+        # Here and not in the first layer that drops: that may be inside a checkpointed block, whose recomputation has
+        # the generator's state of the block's beginning and must not draw.
+        drops = any(layer.dropout > 0 and layer.training for layer in self._layers)
+        state.seed = draw_seed(latent.device) if drops else None
         self._latent = latent
 
     def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -97,14 +102,14 @@ class Routing:
         if not torch.compiler.is_compiling():
             # A forward that raised has no output; what it did not come to was not wasted.
             state.drop_kept(wasted=output is not None)
-        gate = state.gate if state.enabled else None
-        state.gate, self._latent = None, None
+        gate, seed = (state.gate, state.seed) if state.enabled else (None, None)
+        state.gate = state.seed = self._latent = None
         if torch.compiler.is_compiling():
             return
         state.fans.clear()
-        state.gate, self._outer = self._outer, None
+        (state.gate, state.seed), self._outer = self._outer, (None, None)
         if torch.is_grad_enabled():
-            replay = Replay(state, gate, latent if state.enabled else None, self.evaluate)
+            replay = Replay(state, gate, seed, latent if state.enabled else None, self.evaluate)
             for tensor in _tensors(output):
                 if tensor.requires_grad:
                     tensor.register_hook(replay)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fera_ext import ops
 from fera_ext.nn.sharing import SharedInput, is_plain, weights_of
+from fera_ext.nn.state import draw_seed
 
 
 class GateSource(Protocol):
-    """What an adapted layer reads: the gate (G, E) and whether the experts act."""
+    """What an adapted layer reads: the gate (G, E) and whether the experts act.
+
+    A source may also have a ``seed``, one int64 in a tensor, for the dropout of all layers that read it; where it has
+    none, or None, each call of a layer draws one.
+    """
 
     gate: Tensor | None
     enabled: bool
@@ -37,10 +41,13 @@ class FeraLinear(nn.Module):
         rank: r.
         num_experts: E.
         alpha: numerator of the scale.
-        dropout: dropout on the experts' input while training, in [0, 1).
+        dropout: dropout on the experts' input while training, in [0, 1). It takes no memory and, but where a vendor's
+            library makes the products, no pass of its own: see :func:`fera_ext.ops.expert_linear`.
         source: where the gate comes from; one object shared by all layers of a model.
         dtype: of the parameters; float32 masters by default, whatever the base layer's dtype.
         device: of the parameters; by default the base layer's.
+        stream: the layer's number: layers with one seed and different numbers drop differently. A layer that is called
+            twice in one forward drops the same elements twice. A compiled graph drops others than eager mode does.
 
     Raises:
         ValueError: a base layer without ``in_features`` and ``out_features``, or on the meta device.
@@ -59,6 +66,7 @@ class FeraLinear(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        stream: int = 0,
     ) -> None:
         super().__init__()
         reason = unsupported(base)
@@ -69,11 +77,13 @@ class FeraLinear(nn.Module):
         self.shared: SharedInput | None = None  # with the layers that are given the same tensor
         self.scale = alpha / rank
         self.dropout = float(dropout)
+        self.stream = stream
         shapes = self.expert_shapes(self.in_features, self.out_features, rank, num_experts)
         device = device or _device(base)
         for name in self.expert_parameters:
             empty = torch.empty(shapes[name], dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty))
+        self._number = torch.tensor([stream], device=self.lora_A.device)
         self.reset_parameters()
         self.train(base.training)
 
@@ -108,6 +118,12 @@ class FeraLinear(nn.Module):
         """The base layer's bias."""
         return self.base.bias  # type: ignore[return-value]
 
+    def _apply(self, *args: Any, **kwargs: Any) -> FeraLinear:
+        super()._apply(*args, **kwargs)
+        # Follows the parameters. No buffer: those go into broadcasts and are left empty by to_empty.
+        self._number = torch.tensor([self.stream], device=self.lora_A.device)
+        return self
+
     def reset_parameters(self) -> None:
         """A Kaiming-uniform with a = sqrt(5), each expert as its own linear; B zero."""
         with torch.no_grad():
@@ -138,29 +154,43 @@ class FeraLinear(nn.Module):
             if out is not None:
                 return out
         view = source.view(x.device)
-        dropped = self.dropout > 0 and self.training
-        own = None if dropped else weights_of(self)
+        own = weights_of(self)
         if own is None:
-            return self._updated(x, view, dropped)
-        return ops.expert_linear(x, *own, view, self.scale)
+            return self._updated(x, view)
+        dropped = self._dropped(x) if self.dropout else ()
+        return ops.expert_linear(x, *own, view, self.scale, *dropped)
 
     def _traced(self, x: Tensor, gate: Tensor) -> Tensor:
         """What a compiled graph takes, (N, ..., out): no state from one call to the next, the gate as it is."""
         if gate.device != x.device:
             gate = gate.to(x.device)
-        dropped = self.training and self.dropout > 0
-        if dropped or not is_plain(self.base):
-            return self._updated(x, gate, dropped)
-        return ops.expert_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, gate, self.scale)
+        if not is_plain(self.base):
+            return self._updated(x, gate)
+        weight, bias, dropped = self.weight, self.bias, self._dropped(x)
+        return ops.expert_linear(x, weight, bias, self.lora_A, self.lora_B, gate, self.scale, *dropped)
 
-    def _updated(self, x: Tensor, gate: Tensor, dropped: bool) -> Tensor:
+    def _updated(self, x: Tensor, gate: Tensor) -> Tensor:
         """The base layer's own output with the experts' update, (N, ..., out)."""
         out = self.base(x)
         # A base layer that computes in another dtype (autocast, quantised) decides the update's dtype.
         x = x.to(out.dtype)
-        if dropped:
-            x = F.dropout(x, self.dropout)
-        return ops.expert_update(out, x, self.lora_A, self.lora_B, gate, self.scale)
+        return ops.expert_update(out, x, self.lora_A, self.lora_B, gate, self.scale, *self._dropped(x))
+
+    @property
+    def drops(self) -> bool:
+        """Whether a call drops parts of the experts' input."""
+        return self.dropout > 0 and self.training
+
+    def _dropped(self, x: Tensor) -> tuple[float, Tensor, int] | tuple[()]:
+        """The operators' dropout, seed and stream, or nothing where nothing is dropped."""
+        if not self.drops:
+            return ()
+        seed: Tensor | None = getattr(self.source, "seed", None)
+        seed = draw_seed(x.device) if seed is None else seed.to(x.device)
+        if torch.compiler.is_compiling():
+            # A module's number would be a constant of the graph, and each of a model's equal blocks a graph of its own.
+            return self.dropout, seed + self._number.to(x.device), 0
+        return self.dropout, seed, self.stream
 
     def extra_repr(self) -> str:
         experts, rank, _ = self.lora_A.shape

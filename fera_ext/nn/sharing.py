@@ -203,12 +203,7 @@ class SharedInput:
 def _joining(layer: FeraLinear, scale: float) -> Weights | None:
     """What ``layer`` computes with where its call is the operator of its base layer, with nobody listening to what
     comes in; else None."""
-    if (
-        layer.scale != scale
-        or layer._forward_pre_hooks
-        or (layer.dropout > 0 and layer.training)
-        or "forward" in layer.__dict__
-    ):
+    if layer.scale != scale or layer._forward_pre_hooks or layer.drops or "forward" in layer.__dict__:
         return None
     return weights_of(layer)
 

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from fera_ext.nn.sharing import SharedInput
 
 
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed for dropout, (1,) int64, from the device's generator: no synchronisation, and a CUDA graph captures it."""
+    return torch.randint(2**62, (1,), device=device)
+
+
 class GateState:
     """The gate of the running forward; plain attributes, read by every adapted layer.
 
@@ -38,6 +43,8 @@ class GateState:
 
     Attributes:
         gate: (G, E), the gate of the running forward, None outside of one.
+        seed: (1,) int64, of the running forward's dropout; None where no layer drops. It goes wherever the gate goes:
+            a recomputation drops what its forward dropped.
         enabled: whether the experts act; False gives the base layers' own outputs.
         last: (G, E), the gate of the last enabled forward, None before the first.
         disabled_depth: how many :meth:`fera_ext.adapter.FeraAdapter.disabled` blocks are open.
@@ -50,6 +57,7 @@ class GateState:
 
     def __init__(self, calls: int = 16) -> None:
         self.gate: Tensor | None = None
+        self.seed: Tensor | None = None
         self.enabled = True
         self.last: Tensor | None = None
         self.disabled_depth = 0
@@ -60,7 +68,7 @@ class GateState:
         self.fans: dict[torch.device, Fan] = {}
         self._newest = 0
         self._replanned = False
-        self._held: dict[int, tuple[Tensor | None, bool, int, list[Replay]]] = {}
+        self._held: dict[int, tuple[Tensor | None, Tensor | None, bool, int, list[Replay]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateState:
         copied = GateState(self.calls)
@@ -88,7 +96,7 @@ class GateState:
         self.drop_kept()
         self._newest += self._replanned
         self.plan, self._replanned = self._newest, False
-        self.gate = None
+        self.gate = self.seed = None
         self.enabled = self.disabled_depth == 0
 
     def next_plan(self) -> int:
@@ -105,15 +113,16 @@ class GateState:
         """Bind ``replay``'s gate until the running backward pass ends."""
         task = torch._C._current_graph_task_id()
         if task not in self._held:
-            self._held[task] = (self.gate, self.enabled, self.plan, [])
+            self._held[task] = (self.gate, self.seed, self.enabled, self.plan, [])
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._release, task))
-        replays = self._held[task][3]
+        replays = self._held[task][-1]
         if replay not in replays:
             replays.append(replay)
-        self.gate, self.enabled, self.plan = replay.begin(), replay.enabled, replay.plan
+        self.gate, self.seed = replay.begin(), replay.seed
+        self.enabled, self.plan = replay.enabled, replay.plan
 
     def _release(self, task: int) -> None:
-        self.gate, self.enabled, self.plan, replays = self._held.pop(task)
+        self.gate, self.seed, self.enabled, self.plan, replays = self._held.pop(task)
         self.fans.clear()
         self.drop_kept()
         for replay in replays:
@@ -131,6 +140,7 @@ class Replay:
     Args:
         state: the model's gate state.
         gate: (G, E), the forward's gate, None for a forward with the experts off.
+        seed: the forward's seed of dropout, None where no layer dropped.
         latent: (N, ..., H, W), what the gate was computed from.
         evaluate: latent to gate.
     """
@@ -139,12 +149,14 @@ class Replay:
         self,
         state: GateState,
         gate: Tensor | None,
+        seed: Tensor | None,
         latent: Tensor | None,
         evaluate: Callable[[Tensor], Tensor],
     ) -> None:
         self.state = state
         self.enabled = gate is not None
         self.gate = gate
+        self.seed = seed
         self.latent = latent
         self.plan = state.plan
         self.version = None if latent is None or latent.is_inference() else latent._version

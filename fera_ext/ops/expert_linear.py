@@ -16,6 +16,9 @@ def expert_linear(
     lora_b: Tensor,
     gate: Tensor,
     scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
     """``y = x W^T + bias + sum_m gate[n, m] * scale * B_m (A_m x)``.
 
@@ -27,18 +30,35 @@ def expert_linear(
         lora_b: (out, E, r), likewise.
         gate: (G, E); N is a multiple of G and row n uses gate row ``n * G // N`` (video: frames of a sample).
         scale: alpha / r.
+        dropout: the share p of the experts' input that is dropped, in [0, 1): they see x keep / (1 - p), the frozen
+            linear sees x. Whether an element is kept is a function of ``seed``, ``stream``, its row in the flattened
+            (T, in) and its column alone (Philox4x32-10, the same numbers on every device), made where x is read:
+            nothing of the mask is stored, and backward finds the forward's. p counts in steps of 2^-16.
+        seed: one int64 on x's device, needed with dropout. The kernels read it, so that a CUDA graph replays with
+            another mask once the tensor holds another number; it must hold the same one until backward.
+        stream: from 0 to 2^32 - 1; calls of one seed drop differently where their streams differ.
 
     Returns:
         (N, ..., out) in x's dtype, accumulated in float32 (float64 for float64). Gradients reach every
-        tensor that asks, each in its own dtype; kept for backward are x and h = A x, (N, ..., R).
+        tensor that asks, each in its own dtype; kept for backward are x, h = A x, (N, ..., R), and the seed.
 
     Raises:
         ValueError: a wrong shape, size, dtype or device.
     """
-    return _ops.expert_linear(x, weight, bias, lora_a, lora_b, gate, scale)[0]
+    return _ops.expert_linear(x, weight, bias, lora_a, lora_b, gate, scale, dropout, seed, stream)[0]
 
 
-def expert_update(base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float) -> Tensor:
+def expert_update(
+    base_out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
     """``y = base_out + sum_m gate[n, m] * scale * B_m (A_m x)``, for any base layer: quantised, sharded, convolved.
 
     Args:
@@ -48,6 +68,9 @@ def expert_update(base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, g
         lora_b: (out, E, r)
         gate: (G, E); N is a multiple of G and row n uses gate row ``n * G // N``.
         scale: alpha / r.
+        dropout: the share of x that is dropped, in [0, 1), with ``seed`` and ``stream`` as in :func:`expert_linear`.
+        seed: one int64 on x's device, needed with dropout.
+        stream: from 0 to 2^32 - 1.
 
     Returns:
         (N, ..., out) in x's dtype; see :func:`expert_linear`.
@@ -55,7 +78,7 @@ def expert_update(base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, g
     Raises:
         ValueError: a wrong shape, size, dtype or device.
     """
-    return _ops.expert_update(base_out, x, lora_a, lora_b, gate, scale)[0]
+    return _ops.expert_update(base_out, x, lora_a, lora_b, gate, scale, dropout, seed, stream)[0]
 
 
 def _hidden(x: Tensor, lora_a: Tensor) -> Tensor:
@@ -77,13 +100,26 @@ def _(
     lora_b: Tensor,
     gate: Tensor,
     scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     _fake_dtype(x, weight)
     return x.new_empty((*x.shape[:-1], weight.shape[0])), _hidden(x, lora_a)
 
 
 @torch.library.register_fake("fera_ext::expert_update")
-def _(base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    base_out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
     return base_out.new_empty(base_out.shape), _hidden(x, lora_a)
 
 
@@ -98,5 +134,8 @@ def _(
     gate: Tensor,
     scale: float,
     wanted: list[bool],
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape if want else (0,)) for t, want in zip((x, lora_a, lora_b, gate), wanted))

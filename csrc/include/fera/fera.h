@@ -202,6 +202,12 @@ typedef struct fera_experts {
   fera_dtype b_dtype;
   const void* gate; /* (G, E) contiguous, compute dtype of x */
   double scale;     /* alpha / r */
+  /* Dropout on the experts' input, 0 for none: h = x' A^T with x'[t, i] = x[t, i] keep(t, i) / (1 - dropout). The mask
+   * is a function of the seed, the stream and the element alone (csrc/common/dropout.h), so that backward finds the
+   * forward's by the same three. x' itself is never rounded. */
+  double dropout;      /* in [0, 1) */
+  const int64_t* seed; /* one number on the call's device, read by the kernels; NULL without dropout */
+  uint32_t stream;     /* of the layer: layers of one seed drop differently */
 } fera_experts;
 
 /* Operands narrower or wider than x are rounded to x's dtype on load; products accumulate in the compute
@@ -239,7 +245,22 @@ FERA_API size_t fera_expert_update_backward_workspace(const fera_expert_update_b
 FERA_API fera_status fera_expert_update_backward_cpu(const fera_expert_update_backward_args*, const fera_context*);
 FERA_API fera_status fera_expert_update_backward_cuda(const fera_expert_update_backward_args*, const fera_context*);
 
-/* ---- expert_group: up to four expert_linears of one x and one gate (q, k, v), in one product each way ---- */
+/* ---- expert_dropout: y (+)= x keep / (1 - dropout), for callers that make the products themselves ---- */
+typedef struct fera_expert_dropout_args {
+  int64_t tokens, in;
+  fera_rows x, y;   /* (T, in), of one dtype; y may be x */
+  int32_t add_to_y; /* 1: y holds what x's part is added to; 0: y is written */
+  double dropout;   /* these three as in fera_experts; dropout may be 0 */
+  const int64_t* seed;
+  uint32_t stream;
+} fera_expert_dropout_args;
+
+FERA_API size_t fera_expert_dropout_workspace(const fera_expert_dropout_args*, fera_device);
+FERA_API fera_status fera_expert_dropout_cpu(const fera_expert_dropout_args*, const fera_context*);
+FERA_API fera_status fera_expert_dropout_cuda(const fera_expert_dropout_args*, const fera_context*);
+
+/* ---- expert_group: up to four expert_linears of one x and one gate (q, k, v), in one product each way; without
+ * dropout ---- */
 #define FERA_MAX_GROUP 4
 typedef struct fera_expert_group_args {
   int32_t members;
