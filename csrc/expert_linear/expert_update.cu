@@ -235,6 +235,7 @@ size_t expert_update_workspace_cuda(const fera_expert_update_args& a) {
 }
 
 size_t expert_update_backward_workspace_cuda(const fera_expert_update_backward_args& a) {
+  if (a.experts.in < 1 || a.experts.out < 1) return 0;  // arguments that are not checked yet
   const Variant variant = a.experts.tokens > 0 ? variant_of(a) : Variant::tiles;
   if (variant == Variant::wgmma) return cuda::fused_workspace(a);
   if (variant == Variant::mma) return cuda::skinny_workspace(a);

@@ -26,12 +26,15 @@ size_t share(const Group& g, int i) {
   return align256(fused_workspace(g.member[i], group_inside(g)));
 }
 
+// Whether there is anything to lay out.
+bool sized(const fera_experts& e) { return e.tokens >= 1 && e.in >= 1 && e.out >= 1 && e.rows_per_gate >= 1; }
+
 // Of arguments that are not checked yet.
 template <class Group>
 size_t group_bytes(const Group& g) {
   size_t bytes = 0;
   for (int i = 0; i < g.members && i < FERA_MAX_GROUP; ++i)
-    if (g.member[i].experts.rows_per_gate >= 1) bytes += share(g, i);
+    if (sized(g.member[i].experts)) bytes += share(g, i);
   return bytes;
 }
 
@@ -66,6 +69,8 @@ fera_status check_group(const char* op, const Group& g) {
     const fera_experts& e = g.member[i].experts;
     FERA_RETURN_IF_ERROR(check(g.member[i]));
     FERA_CHECK(op, e.tokens == first.tokens && e.in == first.in, "tokens and in", "those of the first member", e.in);
+    FERA_CHECK(op, e.rows_per_gate == first.rows_per_gate, "rows_per_gate", "that of the first member",
+               e.rows_per_gate);
     FERA_CHECK(op, g.member[i].x.data == g.member[0].x.data && g.member[i].x.dtype == g.member[0].x.dtype, "x",
                "that of the first member", "another");
     FERA_CHECK(op, e.tokens >= 1, "tokens", "at least 1", e.tokens);

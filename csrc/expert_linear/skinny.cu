@@ -1,5 +1,6 @@
 // Host side of skinny_*.cuh: what it takes, how it cuts the work, its launches.
 #include <algorithm>
+#include <array>
 #include <atomic>
 
 #include "expert_linear/operands.h"
@@ -246,6 +247,25 @@ Cut cut_across(const fera_experts& e, int64_t width, fera_dtype weights, int64_t
   return best;
 }
 
+// The cuts of backward's two passes. A call asks for them several times, and the layers of a model are alike.
+struct Cuts {
+  Cut first, second;
+};
+Cuts cuts_of(const fera_experts& e, int rank) {
+  const Machine m = machine();
+  using Key = std::array<int64_t, 10>;
+  const Key key{e.tokens,  e.in,      e.out,    e.experts,       e.rank,
+                e.a_dtype, e.b_dtype, m.shared, e.rows_per_gate, m.multiprocessors};
+  thread_local Key known{};
+  thread_local Cuts cuts;
+  if (key == known) return cuts;
+  cuts.first = cut_across(e, e.out, e.b_dtype, 128, 0, rank, m, true);
+  // Cut alike whatever is asked for: the order of the sums, and so their bits, do not depend on it.
+  cuts.second = cut_across(e, e.in, e.a_dtype, e.rows_per_gate, cuts.first.blocks, rank, m, false);
+  known = key;
+  return cuts;
+}
+
 struct Layout {
   int rank;
   Cut first, second;
@@ -254,11 +274,9 @@ struct Layout {
   size_t bytes;
   Layout(const fera_expert_update_backward_args& a, void* base) : rank(padded(a.experts)) {
     const fera_experts& e = a.experts;
-    const Machine m = machine();
     const int64_t stacked = stacked_of(e);
-    first = cut_across(e, e.out, e.b_dtype, 128, 0, rank, m, true);
-    // Cut alike whatever is asked for: the order of the sums, and so their bits, do not depend on it.
-    second = cut_across(e, e.in, e.a_dtype, e.rows_per_gate, first.blocks, rank, m, false);
+    const Cuts cuts = cuts_of(e, rank);
+    first = cuts.first, second = cuts.second;
     if (!a.da) second.blocks = 1;
     Workspace workspace(base);
     hidden = workspace.take<float>(first.blocks * e.tokens * rank);

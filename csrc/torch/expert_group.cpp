@@ -111,12 +111,13 @@ bool joint_backward(const char* op, const Rows& x, const std::vector<Upstream>& 
   std::vector<Rows> dy_rows;
   std::vector<Tensor> h_rows;
   dy_rows.reserve(members.size());
+  for (const Upstream& m : members)
+    if (!m.wanted[0] || !unit_stride(m.weight)) return false;
   const Tensor dx = like(true, x.tensor);
   auto data = [](const Tensor& t) { return t.numel() > 0 ? t.data_ptr() : nullptr; };
   fera_expert_group_backward_args group{static_cast<int32_t>(members.size()), {}};
   for (size_t i = 0; i < members.size(); ++i) {
     const Upstream& m = members[i];
-    if (!m.wanted[0] || !unit_stride(m.weight)) return false;
     dy_rows.emplace_back(op, "dy", m.dy, m.experts.view.out);
     h_rows.push_back(m.h.contiguous());
     Gradients& g = (*grads)[i];
@@ -182,7 +183,7 @@ Backward expert_linear_group_backward(TensorList dys, const Tensor& given, Tenso
   for (const Gradients& g : grads) {
     das.push_back(g.da);
     dbs.push_back(g.db);
-    if (das.size() > 1) grads[0].dgate.add_(g.dgate);
+    if (das.size() > 1 && wanted[1]) grads[0].dgate.add_(g.dgate);
   }
   return {grads[0].dx, grads[0].dgate.to(gate.scalar_type()), das, dbs};
 }

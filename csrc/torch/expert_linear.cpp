@@ -204,7 +204,8 @@ class ExpertLinear : public Formula<ExpertLinear> {
     std::tie(y, *h) = call_below_autograd<expert_linear>("fera_ext::expert_linear", x, weight, bias, lora_a, lora_b,
                                                          gate, scale, dropout.p, dropout.seed, dropout.stream);
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({x, *h, lora_a, lora_b, gate, dropout.seed.value_or(Tensor()), weight});
+    // dx alone needs the weight, which may be autocast's copy.
+    ctx->save_for_backward({x, *h, lora_a, lora_b, gate, dropout.seed.value_or(Tensor()), asks(x) ? weight : Tensor()});
     save_numbers(ctx, scale, dropout);
     ctx->saved_data["biased"] = bias.has_value() && bias->defined();  // an absent one is no variable
     return y;
@@ -217,7 +218,7 @@ class ExpertLinear : public Formula<ExpertLinear> {
     // Read once: under checkpointing each read asks for the recomputation.
     const Variables saved = ctx->get_saved_variables();
     const std::array<bool, 4> wanted = wanted_gradients(ctx);
-    if (any(wanted)) grads = expert_gradients(ctx, dy, saved, saved[6], wanted);
+    if (any(wanted)) grads = expert_gradients(ctx, dy, saved, optional(saved[6]), wanted);
     grads.resize(9);
     std::tie(grads[4], grads[5]) = base_gradients(dy, saved[0], ctx->needs_input_grad(4),
                                                   ctx->saved_data["biased"].toBool() && ctx->needs_input_grad(5));
