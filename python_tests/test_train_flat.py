@@ -78,6 +78,31 @@ def test_gradients_are_gathered_and_added() -> None:
     assert torch.equal(views[0], third[0])
 
 
+@pytest.mark.parametrize("whose", ["flat", "optimizer"])
+def test_accumulation_starts_anew_after_zero_grad(whose: str) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    flat = FlatParameters([weight])
+    optimizer = torch.optim.SGD(flat.parameters(), lr=0.1)
+    for _ in range(3):
+        for _ in range(2):
+            weight.sum().backward()
+            flat.collect(accumulate=True)
+        assert flat.parameters()[0].grad.tolist()[:3] == [2, 2, 2]
+        (flat if whose == "flat" else optimizer).zero_grad()
+
+
+def test_a_graph_that_wants_the_old_values_raises() -> None:
+    weight = nn.Parameter(torch.tensor([2.0]))
+    flat = FlatParameters([weight])
+    optimizer = torch.optim.SGD(flat.parameters(), lr=0.1)
+    first, second = weight * weight.exp(), weight * weight.exp()
+    first.sum().backward()
+    flat.collect()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.sum().backward()
+
+
 def test_gradients_that_lie_there_stay() -> None:
     own = parameters()
     flat = FlatParameters(own)
@@ -119,6 +144,8 @@ def test_what_cannot_be_flat() -> None:
         FlatParameters([own[0], own[0]])
     with pytest.raises(ValueError, match=r"floating point on a real device, got .*int64"):
         FlatParameters([nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)])
+    with pytest.raises(ValueError, match="must ask for gradients, got one of shape"):
+        FlatParameters([*own, nn.Parameter(torch.ones(2), requires_grad=False)])
 
 
 def test_flat_steps_are_the_parameters_own() -> None:

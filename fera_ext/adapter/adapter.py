@@ -135,6 +135,14 @@ class FeraAdapter:
         base, fera, target = (t.to(dtype) for t in (base, fera, target))
         return self.config.fecl_weight * ops.fecl_loss(base, fera, target, self.config.bands)
 
+    def bind_checkpointing(self) -> None:
+        """Let the blocks' checkpointing functions carry the gate from now on, not from the next forward.
+
+        Each forward does it by itself. Before ``torch.compile`` of a model with gradient checkpointing it saves a
+        recompilation: a graph is compiled again once these functions are others.
+        """
+        self._routing.bind_checkpointing()
+
     def detach(self) -> None:
         """Give the model back as it was: its layers, its state dict, its ``requires_grad`` flags.
 

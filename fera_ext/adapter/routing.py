@@ -66,6 +66,10 @@ class Routing:
         """Latent (N, ..., H, W) to the gate (N, E)."""
         return self.router.from_latent(latent, self.bands)
 
+    def bind_checkpointing(self) -> None:
+        """See :meth:`fera_ext.adapter.FeraAdapter.bind_checkpointing`."""
+        checkpointing.bind(self.checkpointing, self.state)
+
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook.
 
@@ -84,7 +88,7 @@ class Routing:
                 # tell it which plan its forward had. Both take the first one.
                 state.plan = 0
             self._outer = state.gate, state.seed
-            checkpointing.bind(self.checkpointing, state)
+            self.bind_checkpointing()
         if not state.enabled:
             return
         latent = check_latent(self.extract(args, kwargs, self.size), model)

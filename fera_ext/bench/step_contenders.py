@@ -48,7 +48,7 @@ class Trainee:
 
     Attributes:
         parameters: what is trained.
-        flat: the same as a few tensors, which are what is clipped and updated; None: each for itself.
+        flat: the same as a few tensors, which are what is clipped and updated, of every contender alike.
     """
 
     flat: FlatParameters | None = None
@@ -182,6 +182,7 @@ class Published(Trainee):
         self.router = PublishedRouter(self.count, (weights[0], weights[0], weights[1], weights[1]))
         self._linears = match(self.model, TARGETS)
         self._gates: list[Tensor] = []
+        # All are made before the first is put into the model, so an error leaves that as it was.
         layers: dict[str, nn.Module] = {
             path: _PublishedLinear(base, self.experts, self.rank, self._gates)  # type: ignore[arg-type]
             for path, base in self._linears.items()
@@ -217,7 +218,7 @@ class PublishedFecl(Published):
 
 
 class Fera(Trainee):
-    """``fera_ext.attach`` with its defaults: float32 adapters, no autocast; updated as ``fera-ext train`` does it."""
+    """``fera_ext.attach`` with its defaults: float32 adapters, no autocast."""
 
     cast = False
 
@@ -235,7 +236,6 @@ class Fera(Trainee):
         self.adapter = attach(self.model, config)
         self.adapter.latent_size = self.batch.latent_size  # FLUX: no host synchronisation
         self.parameters = list(self.adapter.parameters())
-        self.flat = FlatParameters(self.parameters)
 
     def context(self) -> AbstractContextManager[Any]:
         """Nothing, or autocast where it is asked for."""
@@ -275,7 +275,8 @@ CONTENDERS: dict[str, Callable[..., Trainee]] = {
     "fera-autocast": FeraAutocast,
     "fera+fecl": FeraFecl,
 }
-DEFAULT = ("forward", "frozen", "peft", "published", "fera", "fera+fecl")
+PEFTS = ("peft", "peft-bf16")
+DEFAULT = ("forward", "frozen", *PEFTS, "published", "fera", "fera+fecl")
 SAMPLERS = ("frozen", "peft", "fera")
 """Those a sampling loop is timed for."""
 
@@ -295,6 +296,8 @@ def attached(name: str, model: nn.Module, batch: Batch, experts: int, rank: int)
     torch.manual_seed(0)
     trainee = CONTENDERS[name](model, batch, experts, rank)
     try:
+        if trainee.parameters:
+            trainee.flat = FlatParameters(trainee.parameters)
         yield trainee
     finally:
         trainee.detach()

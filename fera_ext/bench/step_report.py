@@ -17,6 +17,7 @@ from fera_ext.bench.report import (
     print_tables,
 )
 from fera_ext.bench.shapes import FECL_FORWARDS, SAMPLING_GOALS, STEP_GOALS
+from fera_ext.bench.step_contenders import PEFTS
 from fera_ext.bench.step_models import MODELS
 
 NAMES = {
@@ -40,7 +41,7 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def finish_rows(rows: list[Row]) -> None:
-    """Ratios to the frozen model's and to PEFT's row of the same case and mode, and goals.
+    """Ratios to the frozen model's row of the same case and mode and to the faster of PEFT's, and goals.
 
     The frozen model's time is the mean of its medians before and after the others, where there are two.
     """
@@ -56,10 +57,10 @@ def finish_rows(rows: list[Row]) -> None:
     for row in rows:
         if row["ms"] is None:
             continue
-        for name in ("frozen", "peft"):
-            base = milliseconds(row, name)
-            mine = base if row["implementation"] == name else row["ms"]["median"]
-            row[f"{name}_ratio"] = mine / base if mine and base else None
+        frozen, mine = milliseconds(row, "frozen"), milliseconds(row, row["implementation"])
+        row["frozen_ratio"] = mine / frozen if mine and frozen else None
+        rivals = [t for t in (milliseconds(row, name) for name in PEFTS) if t]
+        row["peft_ratio"] = mine / min(rivals) if mine and rivals else None
         _set_goals(row, found, milliseconds)
 
 
@@ -74,8 +75,8 @@ def _set_goals(row: Row, found: dict[Any, Row], milliseconds: Callable[[Row, str
         table = STEP_GOALS if row["pass"] == "step" else SAMPLING_GOALS
         goals = table.get((row["model"], row["batch"], row["mode"]), (None, None))
         row["goal_frozen_ratio"], row["goal_peft_ratio"] = goals
-        peft = found.get((*_key(row), "peft"))
-        row["goal_peak_gib"] = peft["peak_gib"] if peft and row["pass"] == "step" else None
+        peaks = [r["peak_gib"] for r in (found.get((*_key(row), name)) for name in PEFTS) if r and r["peak_gib"]]
+        row["goal_peak_gib"] = min(peaks) if peaks and row["pass"] == "step" else None
     pairs = (
         (row["frozen_ratio"], row["goal_frozen_ratio"]),
         (row["peft_ratio"], row["goal_peft_ratio"]),

@@ -229,6 +229,8 @@ class CapturedStep:
         except Exception as error:  # the model's, the driver's, torch's
             # Leaving a recording that failed raises once more, about the recording.
             cause = raised[0] if raised else error
+            if isinstance(cause, torch.cuda.OutOfMemoryError):
+                raise cause from None
             raise TrainError(
                 f"cuda_graph: the step could not be recorded: {type(cause).__name__}: {first_line(cause)} "
                 "(a run without cuda_graph may do)"

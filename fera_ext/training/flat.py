@@ -52,6 +52,7 @@ class _Group:
         return [whole[start : start + p.numel()].view(p.shape) for start, p in zip(self.offsets, self.parameters)]
 
     def collect(self, accumulate: bool) -> None:
+        accumulate = accumulate and self.flat.grad is not None  # zero_grad leaves the buffer as it was
         moved: list[Tensor] = []
         targets: list[Tensor] = []
         absent: list[Tensor] = []
@@ -93,13 +94,15 @@ class FlatParameters:
         optimizer.step()
 
     An optimizer must be elementwise (AdamW, SGD, Lion), because it no longer sees where a parameter ends. The flat
-    tensors have gaps, in which values and gradients are zero and stay so under weight decay.
+    tensors have gaps, in which values and gradients are zero and stay so under weight decay. A parameter that got no
+    gradient counts as one with a gradient of zero: where AdamW would have passed it over, it decays and goes on by its
+    old moments. ``load_state_dict(assign=True)`` replaces the parameters by others: make the flat ones after it.
 
     Args:
         parameters: the parameters to train, contiguous, each once.
 
     Raises:
-        ValueError: no parameter, one twice, or one that is no leaf in floating point.
+        ValueError: no parameter, one twice, one that is no leaf in floating point, or one that asks for no gradient.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -114,6 +117,11 @@ class FlatParameters:
                 raise ValueError(
                     "FlatParameters: parameters must be leaves in floating point on a real device, got one of dtype "
                     f"{parameter.dtype} on {parameter.device}"
+                )
+            if not parameter.requires_grad:
+                raise ValueError(
+                    "FlatParameters: parameters must ask for gradients, got one of shape "
+                    f"{tuple(parameter.shape)} that does not (leave frozen ones out)"
                 )
             kinds.setdefault((parameter.device, parameter.dtype), []).append(index)
         self._groups = [_Group(self._own, indices) for indices in kinds.values()]
@@ -138,6 +146,8 @@ class FlatParameters:
         with torch.no_grad():
             for group in self._groups:
                 group.collect(accumulate)
+        # What comes next changes the values through the flat tensors: a graph that still wants the old ones must raise.
+        torch.autograd.graph.increment_version(self._own)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, or fill them with zeros."""

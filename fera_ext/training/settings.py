@@ -194,9 +194,10 @@ class Settings:
             "dataloader_num_workers",
             "gradient_checkpointing",
             "allow_tf32",
-            "compile",
             "cuda_graph",
         }
+        if self.lora_dropout == 0:  # compiled graphs draw other masks
+            free.add("compile")
         names = [f.name for f in fields(self) if f.name not in free and "validation" not in f.name]
         values = {name: getattr(self, name) for name in names}
         return {**values, "processes": processes, "images": images, "base_model": base}

@@ -88,6 +88,7 @@ class Step:
         self.adapter = adapter
         self.base: Any = family.denoiser
         if settings.compile:
+            adapter.bind_checkpointing()
             # A wrapper beside the denoiser: validation draws other batch sizes, with the model as it is.
             self.base = torch.compile(family.denoiser, fullgraph=True, dynamic=False, backend=BACKEND)
         self.model = self.base
@@ -160,7 +161,8 @@ class Step:
         s, family, adapter, accelerator = self.settings, self.family, self.adapter, self.accelerator
         latents, timesteps, target = inputs["latents"], inputs["timesteps"], inputs["target"]
         told = {k.removeprefix(CONDITION): v for k, v in inputs.items() if k.startswith(CONDITION)}
-        rows = math.ceil(s.fecl_share * len(latents))
+        rows = math.ceil(round(s.fecl_share * len(latents), 9))  # 0.28 of 25 is 7, not 7.000000000000001
+        rows = max(rows, 1)
         base = None
         with accelerator.autocast():
             if consistency == "base":
