@@ -161,8 +161,6 @@ const char* refuses(const fera_rows& weight, int64_t width) {
 }
 bool repeats(const fera_rows& r, int64_t width) { return r.stride < width; }  // a tensor map has no stride of 0
 
-int padded(const fera_experts& e) { return int64_t{e.experts} * e.rank <= 16 ? 16 : 32; }
-
 // The workspace of a narrow call: what the skinny products want, A and B in x's dtype.
 template <class Args>
 struct FusedLayout {

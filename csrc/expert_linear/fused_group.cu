@@ -5,6 +5,7 @@
 
 #include "expert_linear/expert_linear.h"
 #include "expert_linear/fused.h"
+#include "expert_linear/operands.h"
 #include "expert_linear/wide.h"
 
 namespace fera {
@@ -14,9 +15,8 @@ namespace {
 // Whether every member's h (dh) is made inside the product: one kernel makes them, of one padded rank.
 template <class Group>
 bool group_inside(const Group& g) {
-  const auto small = [](const fera_experts& e) { return int64_t{e.experts} * e.rank <= 16; };
   for (int i = 1; i < g.members; ++i)
-    if (small(g.member[i].experts) != small(g.member[0].experts)) return false;
+    if (padded(g.member[i].experts) != padded(g.member[0].experts)) return false;
   return fused_inside(g.member[0]);
 }
 

@@ -5,14 +5,12 @@
 #include "expert_linear/fused_host.h"
 #include "expert_linear/fused_sums.cuh"
 #include "expert_linear/fused_sums.h"
-#include "expert_linear/operands.h"
+#include "expert_linear/skinny_host.h"
 
 namespace fera::cuda {
 namespace {
 
 using Args = fera_expert_update_backward_args;
-
-int padded(const fera_experts& e) { return stacked_of(e) <= 16 ? 16 : 32; }
 
 // How a matrix (T, width) is cut: columns of a block, column blocks, slices of tiles of 32 tokens.
 struct Cut {
@@ -52,8 +50,7 @@ SumsJob<T> job_of(const Args& a, const Cut& c, int64_t width, bool with_sums) {
   const fera_experts& e = a.experts;
   SumsJob<T> job{};
   job.h = static_cast<const T*>(a.h);
-  job.gates = {static_cast<const float*>(e.gate), static_cast<int>(e.rows_per_gate), e.experts, e.rank,
-               static_cast<float>(e.scale)};
+  job.gates = gates_of(e);
   job.tokens = static_cast<int>(e.tokens);
   job.width = static_cast<int>(width);
   job.columns = c.columns;
@@ -115,11 +112,7 @@ fera_status run(const char* op, int members, const Args* const* member, void* co
     const Args& a = *member[i];
     const fera_experts& e = a.experts;
     const Layout l(a, workspace[i]);
-    const int stacked = static_cast<int>(stacked_of(e)), in = static_cast<int>(e.in), out = static_cast<int>(e.out);
     const Cut dy(e, e.out, all), x(e, e.in, all);
-    ReduceArgs& sums = reduce.member[i];
-    sums.gates = {static_cast<const float*>(e.gate), static_cast<int>(e.rows_per_gate), e.experts, e.rank,
-                  static_cast<float>(e.scale)};
     if (a.da || a.dgate) {
       SumsJob<T> job = job_of<T>(a, x, e.in, a.da != nullptr);
       job.hidden = l.hidden;
@@ -127,15 +120,8 @@ fera_status run(const char* op, int members, const Args* const* member, void* co
       job.partial = a.da ? l.da : nullptr;
       if (!add(a.x, job)) return FERA_CUDA_ERROR;
     }
-    if (a.da) sums.a = {l.da, x.slices, in, a.da, e.a_dtype, 1, e.in, ceil_div(in * stacked, 64)};
-    if (a.db) sums.b = {l.db, dy.slices, out, a.db, e.b_dtype, stacked, 1, ceil_div(out * stacked, 64)};
-    if (a.dgate) {
-      sums.gate_sums = l.gate_sums;
-      sums.tile = kSumsTokens;
-      sums.gate_blocks = static_cast<int>(e.tokens / e.rows_per_gate * e.experts);
-      sums.dgate = static_cast<float*>(a.dgate);
-    }
-    reduce_blocks += sums.blocks();
+    reduce.member[i] = reduce_of(a, {l.da, l.db, l.gate_sums, x.slices, dy.slices, kSumsTokens});
+    reduce_blocks += reduce.member[i].blocks();
   }
   if (blocks == 0) return FERA_OK;
   FERA_RETURN_IF_ERROR(launch(op, fused_sums<T, kRank>, blocks, kSumsThreads, kSumsBytes<kRank>, stream, maps, args));

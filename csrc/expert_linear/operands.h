@@ -12,6 +12,8 @@ namespace fera::cuda {
 constexpr int64_t kMostTokens = int64_t{1} << 28, kMostColumns = int64_t{1} << 24;
 
 inline int64_t stacked_of(const fera_experts& e) { return int64_t{e.experts} * e.rank; }
+// What the kernels for R <= 32 pad R to, with zeros.
+inline int padded(const fera_experts& e) { return stacked_of(e) <= 16 ? 16 : 32; }
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 inline bool fits(const fera_rows& r) { return aligned(r.data) && r.stride % 8 == 0; }
 

@@ -7,7 +7,7 @@
 #include "expert_linear/skinny.h"
 #include "expert_linear/skinny_across.cuh"
 #include "expert_linear/skinny_down.cuh"
-#include "expert_linear/skinny_up.cuh"
+#include "expert_linear/skinny_host.h"
 
 namespace fera::cuda {
 namespace {
@@ -57,8 +57,6 @@ Machine machine() {
           (value & 256) != 0};
 }
 
-int padded(const fera_experts& e) { return stacked_of(e) <= 16 ? 16 : 32; }
-
 const char* refuses(const fera_experts& e, fera_dtype dtype) {
   if (dtype != FERA_BF16 && dtype != FERA_F16) return "x is not of 16 bits";
   if (stacked_of(e) > kMaxRank) return "experts * rank is above 32";
@@ -76,11 +74,6 @@ const char* refuses(const fera_experts& e, fera_dtype dtype) {
 template <class T>
 Weights<T> weights(const void* data, fera_dtype dtype, int64_t stride_i, int64_t stride_j, int64_t i, int64_t j) {
   return {data, dtype == FERA_F32, stride_i, stride_j, static_cast<int>(i), static_cast<int>(j)};
-}
-
-Gates gates_of(const fera_experts& e) {
-  return {static_cast<const float*>(e.gate), static_cast<int>(e.rows_per_gate), e.experts, e.rank,
-          static_cast<float>(e.scale)};
 }
 
 // `follows`: another kernel of the same call was launched just before, and this one waits for it itself.
@@ -327,16 +320,7 @@ fera_status backward(const fera_expert_update_backward_args& a, const fera_conte
     const auto kernel = drops ? across<T, kRank, false, true> : across<T, kRank, false, false>;
     FERA_RETURN_IF_ERROR(pass(kernel, l.second, true));
   }
-  ReduceArgs sums{};
-  sums.gates = args.gates;
-  if (a.da) sums.a = {l.da, l.second.slices, in, a.da, e.a_dtype, 1, e.in, ceil_div(in * stacked, 64)};
-  if (a.db) sums.b = {l.db, l.first.slices, width, a.db, e.b_dtype, stacked, 1, ceil_div(width * stacked, 64)};
-  if (a.dgate) {
-    sums.gate_sums = l.gate_sums;
-    sums.tile = l.second.tile;
-    sums.gate_blocks = static_cast<int>(e.tokens / e.rows_per_gate * e.experts);
-    sums.dgate = static_cast<float*>(a.dgate);
-  }
+  const ReduceArgs sums = reduce_of(a, {l.da, l.db, l.gate_sums, l.second.slices, l.first.slices, l.second.tile});
   const fera_rows none{nullptr, a.dx.dtype, 0};
   return launch_finish<T, kRank>(sums, gated, weights<T>(e.lora_a, e.a_dtype, e.in, 1, stacked, e.in),
                                  a.add_to_dx ? a.dx : none, with_up ? a.dx : none, e.tokens, e.in, drops ? &e : nullptr,
