@@ -144,6 +144,25 @@ def test_the_generator_decides_and_only_where_something_drops() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_dropout_that_is_set_later() -> None:
+    case, adapter = _attached("plain")
+    for layer in adapter.layers.values():
+        layer.dropout = 0.0
+    want = case.run()
+    assert torch.equal(case.run(), want)
+    model = copy.deepcopy(case.model)
+    for layer in [*adapter.layers.values(), *(m for m in model.modules() if isinstance(m, FeraLinear))]:
+        layer.dropout = 0.5
+    torch.manual_seed(1)
+    first = case.run()
+    torch.manual_seed(1)
+    assert torch.equal(case.run(), first)
+    assert not torch.equal(first, want)
+    case.model = model
+    torch.manual_seed(1)
+    assert torch.equal(case.run(), first)
+
+
 def test_a_source_without_a_seed() -> None:
     """Each call draws one."""
     gate = torch.rand(2, 3).softmax(-1)

@@ -267,6 +267,9 @@ def test_spread() -> None:
 @pytest.mark.parametrize("operator", LATENTS)
 def test_gpu_columns(operator: str, fake_cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing_cuda, "launches", lambda runs: [2 for _ in runs])
+    # The fake's flush takes as long as its capture took, which may be longer than that of a graph with it.
+    flush = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(timing_cuda.GpuTimer, "_flush_graph", lambda self, calls: flush)
     for goals in (shapes.GOALS, shapes.EAGER_GOALS):
         for key in goals:
             monkeypatch.setitem(goals, key, {(2, 4, 24, 40): 100})
@@ -297,6 +300,30 @@ def test_gpu_columns(operator: str, fake_cuda: None, tmp_path: Path, monkeypatch
     assert ("missed" in flat or "met" in flat) == (operator != "band_energy")
     if pytest.importorskip("matplotlib", reason="needs matplotlib"):
         report.draw(found, tmp_path / "a.svg")
+
+
+def test_cold_times_are_positive_or_left_out(monkeypatch: pytest.MonkeyPatch, fake_cuda: None) -> None:
+    flushes = {"a": 50.0, "late": 50.0, "never": 50.0}
+    tries = []
+
+    def replays(self: Any, graphs: Any, rounds: Any = None) -> dict[str, list[float]]:
+        tries.append(sorted(name for name in graphs if "flush" not in name))
+        late = 80.0 if len(tries) > 1 else 20.0
+        both = {"a": 90.0, "late": late, "never": 40.0}
+        return {n: [flushes[n.removesuffix(" flush")] if "flush" in n else both[n]] for n in graphs}
+
+    monkeypatch.setattr(timing_cuda.GpuTimer, "replays", replays)
+    timer = timing_cuda.GpuTimer(torch.device("cpu"), 1)
+    found = timer.cold(dict.fromkeys(flushes, object()), 10)
+    assert {name: taken.median for name, taken in found.items()} == {"a": 4.0, "late": 3.0}
+    assert tries == [["a", "late", "never"], ["late", "never"], ["never"]]
+
+
+def test_launches_are_counted_again_where_none_were_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [[3, None, None], [2, None]]
+    monkeypatch.setattr(timing_cuda, "_profiled", lambda runs: answers.pop(0))
+    assert timing_cuda.launches([lambda: None] * 3) == [3, 2, None]
+    assert timing_cuda.launches([]) == answers == []
 
 
 def test_a_failed_capture_leaves_eager_times(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,7 +417,13 @@ def test_on_a_gpu(operator: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "--bands", "dog,author", "--json", str(path)])
     assert result.exit_code == 0, result.output
     ours = [r for r in json.loads(path.read_text())["rows"] if r["implementation"] == "fera_ext"]
-    assert all(r["warm_us"]["median"] > 0 and r["cold_us"]["median"] > 0 and r["launches"] >= 1 for r in ours)
+    assert ours
+    for row in ours:
+        said = {key: row[key] for key in ("shape", "bands", "pass", "warm_us", "cold_us", "launches", "note")}
+        assert row["warm_us"]["median"] > 0, said
+        # Beside other processes on the GPU there may be no cold time; then the row says so.
+        assert row["cold_us"]["median"] > 0 if row["cold_us"] else "no cold time" in row["note"], said
+        assert (row["launches"] or 0) >= 1, said
 
 
 def test_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

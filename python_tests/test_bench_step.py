@@ -108,6 +108,25 @@ def test_all_train_as_many_low_rank_numbers() -> None:
     assert counts["fera"] - counts["peft"] == 64 * 3 + 64 + 3 * 64 + 3  # the router
 
 
+@pytest.mark.parametrize("name", ["peft", "peft-bf16", "fera", "fera-bf16"])
+def test_dtypes_of_what_is_trained(name: str) -> None:
+    """Adapters, gradients and optimiser states; FeRA's router is float32 in any case."""
+    if name.startswith("peft"):
+        pytest.importorskip("peft", reason="needs peft")
+    model, batch = model_and_batch("tiny-sd15", torch.bfloat16)
+    low = name.endswith("bf16")
+    with attached(name, model, batch, 3, 4) as trainee:
+        call = step_measure.step_call(name, trainee, model)
+        losses = [float(call()) for _ in range(8)]
+        assert losses[-1] < losses[0]
+        assert trainee.flat
+        sizes = {p.dtype: p.numel() for p in trainee.flat.parameters()}
+        grads = {p.grad.dtype for p in trainee.flat.parameters() if p.grad is not None}
+    want = {torch.bfloat16 if low else torch.float32}
+    assert set(sizes) == grads == (want | {torch.float32} if name == "fera-bf16" else want)
+    assert max(sizes, key=lambda dtype: sizes[dtype]) == (torch.bfloat16 if low else torch.float32)
+
+
 @pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-svd"])
 def test_fecl_of_other_models(name: str) -> None:
     model, batch = model_and_batch(name, torch.bfloat16)
@@ -161,6 +180,8 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen = 0.5 * (found["rows"][1]["ms"]["median"] + found["rows"][1]["ms_again"])
     assert fera["frozen_ratio"] == pytest.approx(fera["ms"]["median"] / frozen)
     assert found["rows"][1]["frozen_ratio"] == 1
+    assert found["rows"][0]["ms_again"] > 0
+    assert fera["ms_again"] is None
     with open(tmp_path / "a.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert float(lines[2]["ms_median"]) == fera["ms"]["median"]
@@ -308,14 +329,25 @@ def test_goals() -> None:
         return made | {"ms": {"median": ms, "p10": ms, "p90": ms, "samples": 3}, "peak_gib": peak}
 
     times = {"forward": 30.0, "frozen": 100.0, "peft": 150.0, "fera": 112.0, "fera+fecl": 145.0}
-    rows = [row(name, "eager", ms, 20.0 if name == "peft" else 19.0) for name, ms in times.items()]
+    more = {"peft-bf16": 140.0, "fera-bf16": 111.0}
+    peaks = {"peft": 20.0, "peft-bf16": 18.0, "fera-bf16": 18.5}
+    rows = [row(name, "eager", ms, peaks.get(name, 19.0)) for name, ms in (times | more).items()]
     step_report.finish_rows(rows)
-    fera, fecl = rows[3], rows[4]
+    fera, fecl, low = rows[3], rows[4], rows[6]
+    # Times against the faster PEFT, memory against the one of the same dtype.
+    assert fera["peft_ratio"] == pytest.approx(112 / 140)
+    assert (low["goal_frozen_ratio"], low["goal_peft_ratio"], low["goal_peak_gib"]) == (None, None, 18.0)
+    assert low["goals_met"] is False
+    assert "≤ peft's 20.00 GiB [green]met" in step_report._goal(fera)
+    assert "≤ peft-bf16's 18.00 GiB [red]missed" in step_report._goal(low)
     assert (fera["goal_frozen_ratio"], fera["goal_peft_ratio"], fera["goal_peak_gib"]) == (1.15, 0.85, 20.0)
     assert fera["frozen_ratio"] == pytest.approx(1.12)
     assert fera["goals_met"] is True
     assert fecl["goal_ms"] == pytest.approx(112 + 1.05 * 30)
     assert fecl["goals_met"] is False
+    rows[0]["ms_again"] = 36.0  # the host had become slower
+    step_report.finish_rows(rows)
+    assert fecl["goal_ms"] == pytest.approx(112 + 1.05 * 33)
     rows[1]["ms_again"] = 80.0  # the host had become faster
     step_report.finish_rows(rows)
     assert fera["goals_met"] is False

@@ -96,7 +96,7 @@ class Routing:
         state.gate = state.last = self.evaluate(latent)
         # Here and not in the first layer that drops: that may be inside a checkpointed block, whose recomputation has
         # the generator's state of the block's beginning and must not draw.
-        drops = any(layer.dropout > 0 and layer.training for layer in self._layers)
+        drops = state.drops and any(layer.drops for layer in self._layers)
         state.seed = draw_seed(latent.device) if drops else None
         self._latent = latent
 

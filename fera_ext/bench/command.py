@@ -73,8 +73,8 @@ def bench(
     contenders: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Step alone: of forward, frozen, peft, published, fera, fera+fecl (the default), peft-bf16 (no "
-            "autocast), published+fecl, fera-autocast."
+            help="Step alone: of forward, frozen, peft, peft-bf16, published, fera, fera-bf16, fera+fecl (the "
+            "default), published+fecl, fera-autocast."
         ),
     ] = None,
     modes: Annotated[

@@ -294,6 +294,8 @@ def _fill(entries: Sequence[_Entry], timer: timing_cuda.GpuTimer, planned: timin
         name = entry.contender.name
         entry.row["warm_us"] = asdict(warm[name])
         entry.row["cold_us"] = asdict(cold[name]) if name in cold else None
+        if name in flushed and name not in cold:
+            entry.note("no cold time: not positive beside the flushes, is the GPU shared?")
         if long:
             entry.row["calls_per_graph"] = planned.warm[name]
 

@@ -1,8 +1,8 @@
 """Whole training steps of real models, and sampling loops: `fera-ext bench step`.
 
 A case is a model, a batch and an (E, r). Its contenders are attached to the same frozen model one after the other, so
-that none is in memory while another is measured; the frozen model's eager step is timed before and after the others,
-which shows how far the host's speed has drifted.
+that none is in memory while another is measured; the frozen model's eager forward and step are timed before and after
+the others, which shows how far the host's speed has drifted.
 """
 
 from __future__ import annotations
@@ -257,15 +257,18 @@ class Run:
             row["note"] = "not finite"
 
     def _again(self, case: StepCase, model: nn.Module, batch: Batch) -> None:
-        """The frozen model's eager call once more, after all others."""
-        mine = (case.pass_name, case.model, case.batch, f"{case.experts[0]}x{case.experts[1]}", "frozen", "eager")
-        keys = ("pass", "model", "batch", "experts", "implementation", "mode")
+        """The frozen model's eager calls once more, after all others."""
+        mine = (case.pass_name, case.model, case.batch, f"{case.experts[0]}x{case.experts[1]}", "eager")
+        keys = ("pass", "model", "batch", "experts", "mode")
         for row in self.rows:
-            if tuple(row[k] for k in keys) != mine or row["ms"] is None or self._over():
+            name = row["implementation"]
+            if name not in ("forward", "frozen") or tuple(row[k] for k in keys) != mine:
+                continue
+            if row["ms"] is None or self._over():
                 continue
             rounds = 1 if case.pass_name == "sampling" else max(3, self.options.rounds // 2)
-            with attached("frozen", model, batch, *case.experts) as trainee:
-                call = self._call(case, "frozen", trainee, model)
+            with attached(name, model, batch, *case.experts) as trainee:
+                call = self._call(case, name, trainee, model)
                 taken = step_measure.eager(call, self.options.device, None, rounds, 1)
             row["ms_again"] = taken.milliseconds()["median"]
 

@@ -5,8 +5,9 @@ A contender is attached to the shared frozen model, gives the loss of one batch,
 dtypes: the frozen model and its inputs are in the run's dtype. PEFT's adapters are float32 under autocast, what PEFT
 makes of 16-bit models by default and what mixed precision asks for; ``peft-bf16`` are adapters in the model's dtype
 without autocast. The operators take float32 adapters with 16-bit inputs, so FeRA needs no autocast; ``fera-autocast``
-runs under it all the same, as a trainer built on accelerate does. The published pattern casts its float32 adapters at
-each call.
+runs under it all the same, as a trainer built on accelerate does. ``fera-bf16`` holds its adapters in the model's dtype
+as ``peft-bf16`` does, with gradients and AdamW's states of that dtype; its router stays float32. The published pattern
+casts its float32 adapters at each call.
 """
 
 from __future__ import annotations
@@ -221,6 +222,7 @@ class Fera(Trainee):
     """``fera_ext.attach`` with its defaults: float32 adapters, no autocast."""
 
     cast = False
+    masters = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -233,7 +235,8 @@ class Fera(Trainee):
             fecl_weight=FECL_WEIGHT,
             target_modules=TARGETS,
         )
-        self.adapter = attach(self.model, config)
+        dtype = torch.float32 if self.masters else self.batch.latent.dtype
+        self.adapter = attach(self.model, config, dtype=dtype)
         self.adapter.latent_size = self.batch.latent_size  # FLUX: no host synchronisation
         self.parameters = list(self.adapter.parameters())
 
@@ -250,6 +253,12 @@ class FeraAutocast(Fera):
     """The same under autocast."""
 
     cast = True
+
+
+class Fera16(Fera):
+    """The same with adapters in the model's dtype."""
+
+    masters = False
 
 
 class FeraFecl(Fera):
@@ -272,11 +281,14 @@ CONTENDERS: dict[str, Callable[..., Trainee]] = {
     "published": Published,
     "published+fecl": PublishedFecl,
     "fera": Fera,
+    "fera-bf16": Fera16,
     "fera-autocast": FeraAutocast,
     "fera+fecl": FeraFecl,
 }
 PEFTS = ("peft", "peft-bf16")
-DEFAULT = ("forward", "frozen", *PEFTS, "published", "fera", "fera+fecl")
+DEFAULT = ("forward", "frozen", *PEFTS, "published", "fera", "fera-bf16", "fera+fecl")
+ALIKE = {"fera": "peft", "fera-bf16": "peft-bf16"}
+"""The PEFT whose adapters, gradients and optimiser states are of the same dtype: whose memory is compared."""
 SAMPLERS = ("frozen", "peft", "fera")
 """Those a sampling loop is timed for."""
 

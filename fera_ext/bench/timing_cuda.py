@@ -35,6 +35,10 @@ from fera_ext.bench.timing import Run, Spread, spread
 
 CALLS = 50
 COLD_CALLS = 10
+COLD_TRIES = 3
+"""How often a cold time is taken before it is given up: another process's work on the GPU, longer than the calls, may
+fall into the flushes alone, and a difference that is not positive is no time."""
+COUNT_TRIES = 2
 SPIN = 400_000
 """Clock cycles the GPU spins before each round, about 0.2 ms: ahead of the host by more than a launch."""
 COPY_BYTES = 1 << 30
@@ -193,18 +197,27 @@ class GpuTimer:
     def cold(
         self, graphs: Mapping[str, Any], calls: int | Mapping[str, int] = COLD_CALLS, rounds: int | None = None
     ) -> dict[str, Spread]:
-        """Time per call with a flushed L2, of graphs of ``calls`` calls captured with :meth:`flush` before each."""
+        """Time per call with a flushed L2, of graphs of ``calls`` calls captured with :meth:`flush` before each.
+
+        A graph whose median is not positive is measured again; after ``COLD_TRIES`` it is left out.
+        """
         each = _each(calls, graphs)
-        # The flush is measured beside each graph of the round, not once a round: pairs are neighbours.
-        pairs: dict[str, Any] = {}
-        for name, graph in graphs.items():
-            pairs[f"{name} flush"] = self._flush_graph(each[name])
-            pairs[name] = graph
-        times = self.replays(pairs, rounds)
-        return {
-            name: spread([(both - flush) / each[name] for both, flush in zip(times[name], times[f"{name} flush"])])
-            for name in graphs
-        }
+        found: dict[str, Spread] = {}
+        for _ in range(COLD_TRIES):
+            # The flush is measured beside each graph of the round, not once a round: pairs are neighbours.
+            pairs: dict[str, Any] = {}
+            for name in (name for name in graphs if name not in found):
+                pairs[f"{name} flush"] = self._flush_graph(each[name])
+                pairs[name] = graphs[name]
+            if not pairs:
+                break
+            times = self.replays(pairs, rounds)
+            for name in (name for name in graphs if name in pairs):
+                differences = [both - flush for both, flush in zip(times[name], times[f"{name} flush"])]
+                taken = spread([t / each[name] for t in differences])
+                if taken.median > 0:
+                    found[name] = taken
+        return found
 
     def _flush_graph(self, calls: int) -> Any:
         if calls not in self._flushes:
@@ -281,8 +294,21 @@ def _nothing() -> None:
 def launches(runs: Sequence[Run]) -> list[int | None]:
     """Kernels, copies and fills on the device per call of each run, counted by torch.profiler.
 
-    One session for all, after every clock has stopped: a profiler slows later launches down.
+    One session for all, after every clock has stopped: a profiler slows later launches down. Runs of which it has seen
+    nothing get another one: its buffers may overflow, or be another profiler's, for a while.
     """
+    counts: list[int | None] = [None] * len(runs)
+    for _ in range(COUNT_TRIES):
+        left = [index for index, count in enumerate(counts) if count is None]
+        if not left:
+            break
+        for index, count in zip(left, _profiled([runs[index] for index in left])):
+            counts[index] = count
+    return counts
+
+
+def _profiled(runs: Sequence[Run]) -> list[int | None]:
+    """One session of :func:`launches`."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as session:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fera_ext import ops
 from fera_ext.nn.sharing import SharedInput, is_plain, weights_of
-from fera_ext.nn.state import draw_seed
+from fera_ext.nn.state import GateState, draw_seed
 
 
 class GateSource(Protocol):
@@ -76,7 +76,7 @@ class FeraLinear(nn.Module):
         self.source = source
         self.shared: SharedInput | None = None  # with the layers that are given the same tensor
         self.scale = alpha / rank
-        self.dropout = float(dropout)
+        self.dropout = dropout
         self.stream = stream
         shapes = self.expert_shapes(self.in_features, self.out_features, rank, num_experts)
         device = device or _device(base)
@@ -97,6 +97,17 @@ class FeraLinear(nn.Module):
             "lora_A": (num_experts, rank, in_features),
             "lora_B": (out_features, num_experts, rank),
         }
+
+    @property
+    def dropout(self) -> float:
+        """Dropout on the experts' input while training; may be set at any time."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, share: float) -> None:
+        self._dropout = float(share)
+        if share and isinstance(self.source, GateState):
+            self.source.drops = True
 
     @property
     def in_features(self) -> int:
@@ -157,7 +168,7 @@ class FeraLinear(nn.Module):
         own = weights_of(self)
         if own is None:
             return self._updated(x, view)
-        dropped = self._dropped(x) if self.dropout else ()
+        dropped = self._dropped(x) if self._dropout else ()
         return ops.expert_linear(x, *own, view, self.scale, *dropped)
 
     def _traced(self, x: Tensor, gate: Tensor) -> Tensor:
@@ -179,7 +190,7 @@ class FeraLinear(nn.Module):
     @property
     def drops(self) -> bool:
         """Whether a call drops parts of the experts' input."""
-        return self.dropout > 0 and self.training
+        return self._dropout > 0 and self.training
 
     def _dropped(self, x: Tensor) -> tuple[float, Tensor, int] | tuple[()]:
         """The operators' dropout, seed and stream, or nothing where nothing is dropped."""
@@ -189,8 +200,8 @@ class FeraLinear(nn.Module):
         seed = draw_seed(x.device) if seed is None else seed.to(x.device)
         if torch.compiler.is_compiling():
             # A module's number would be a constant of the graph, and each of a model's equal blocks a graph of its own.
-            return self.dropout, seed + self._number.to(x.device), 0
-        return self.dropout, seed, self.stream
+            return self._dropout, seed + self._number.to(x.device), 0
+        return self._dropout, seed, self.stream
 
     def extra_repr(self) -> str:
         experts, rank, _ = self.lora_A.shape

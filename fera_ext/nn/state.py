@@ -40,6 +40,7 @@ class GateState:
 
     Args:
         calls: how many operator calls a forward makes with it, roughly.
+        drops: whether a layer has dropout, or has had: without, no forward looks through the layers for it.
 
     Attributes:
         gate: (G, E), the gate of the running forward, None outside of one.
@@ -55,7 +56,7 @@ class GateState:
         adapted: the number of adapted layers in a checkpointed block.
     """
 
-    def __init__(self, calls: int = 16) -> None:
+    def __init__(self, calls: int = 16, drops: bool = False) -> None:
         self.gate: Tensor | None = None
         self.seed: Tensor | None = None
         self.enabled = True
@@ -65,18 +66,19 @@ class GateState:
         self.plan = 0
         self.holding: set[SharedInput] = set()
         self.calls = calls
+        self.drops = drops
         self.fans: dict[torch.device, Fan] = {}
         self._newest = 0
         self._replanned = False
         self._held: dict[int, tuple[Tensor | None, Tensor | None, bool, int, list[Replay]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateState:
-        copied = GateState(self.calls)
+        copied = GateState(self.calls, self.drops)
         memo[id(self)] = copied
         return copied
 
-    def __reduce__(self) -> tuple[type[GateState], tuple[int]]:
-        return GateState, (self.calls,)
+    def __reduce__(self) -> tuple[type[GateState], tuple[int, bool]]:
+        return GateState, (self.calls, self.drops)
 
     def view(self, device: torch.device) -> Tensor:
         """(G, E), the bound gate's values on ``device``, for one operator call; not to be modified."""
