@@ -1,154 +1,17 @@
-// Host side of fused.cuh: what it takes, the tile it takes for a size, tensor maps, launches.
-#include <algorithm>
+// The "wgmma" variant's calls: what it takes, where h (dh) is made, the workspace, the kernels of a call.
 #include <cstdlib>
 #include <cstring>
-#include <utility>
 
-#include "expert_linear/fused.cuh"
 #include "expert_linear/fused.h"
-#include "expert_linear/fused_host.h"
+#include "expert_linear/fused_launch.cuh"
 #include "expert_linear/fused_pack.cuh"
-#include "expert_linear/fused_sums.h"
-#include "expert_linear/operands.h"
+#include "expert_linear/fused_reduce.h"
 #include "expert_linear/skinny.h"
+#include "expert_linear/skinny_host.h"
 #include "expert_linear/wide.h"
 
 namespace fera::cuda {
 namespace {
-
-template <int kN, bool kNMajor, int kCluster, int kInside>
-bool encode(FusedMaps* maps, int i, const Product& p) {
-  const fera_dtype t = p.x.dtype;
-  const int64_t stride = p.weight.stride;
-  constexpr int kShare = kN / kCluster;
-  return encode_rows(&maps->x[i], t, p.x.data, p.depth, p.rows, p.x.stride, 64, kFusedRows) &&
-         (kInside == 0 ? encode_rows(&maps->u[i], t, p.u, p.rank, p.rows, p.rank, 64, kFusedRows)
-          : kNMajor    ? encode_rows(&maps->u[i], t, p.inside.a, kInside, p.depth, kInside, 64, kFusedDepth)
-                       : encode_rows(&maps->u[i], t, p.inside.a, p.depth, kInside, p.depth, 64, kInside)) &&
-         encode_rows(&maps->y[i], t, p.y.data, p.columns, p.rows, p.y.stride, 32, 64) &&
-         (kNMajor ? encode_rows(&maps->w[i], t, p.weight.data, p.columns, p.depth, stride, 64, 64) &&
-                        encode_rows(&maps->v[i], t, p.v, p.columns, p.rank, p.columns, 64, 64)
-                  : encode_rows(&maps->w[i], t, p.weight.data, p.depth, p.columns, stride, 64, kShare) &&
-                        encode_rows(&maps->v[i], t, p.v, p.rank, p.columns, p.rank, 64, kShare));
-}
-
-template <class T, int kN, bool kNMajor, int kCluster, int kInside = 0>
-fera_status launch(const char* op, const Products& p, bool follows, cudaStream_t stream) {
-  using Size = FusedSize<kN, kNMajor, kInside>;
-  FusedMaps maps;
-  FusedShape<T> shape{};
-  shape.members = p.members;
-  shape.summed = p.summed;
-  for (int i = 0; i < p.members; ++i) {
-    const Product& m = p.member[i];
-    if (!encode<kN, kNMajor, kCluster, kInside>(&maps, i, m)) {
-      set_last_error(std::string(op) + ": " + fera_last_error());
-      return FERA_CUDA_ERROR;
-    }
-    shape.bias[i] = static_cast<const T*>(m.bias);
-    shape.columns[i] = static_cast<int>(m.columns);
-    shape.first_tile[i] = p.summed ? 0 : shape.column_tiles;
-    shape.blocks[i] = static_cast<int>(ceil_div(m.depth, int64_t{kFusedDepth}));
-    shape.rank_steps[i] = ceil_div(m.rank, 16);
-    const Inside& in = m.inside;
-    shape.hidden[i] = {in.gate, in.rows_per_gate, in.experts, in.each, in.scale, in.h};
-    if (i == 0 || !p.summed) shape.column_tiles += static_cast<int>(ceil_div(m.columns, int64_t{kN}));
-  }
-  shape.rows = static_cast<int>(p.member[0].rows);
-  shape.row_tiles = static_cast<int>(ceil_div(p.member[0].rows, int64_t{kFusedRows * kCluster}));
-  shape.tiles = shape.row_tiles * shape.column_tiles;
-  const auto kernel = fused_product<T, kN, kNMajor, kCluster, kInside>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Size::bytes);
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = kCluster;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(std::min(hopper() / kCluster, shape.tiles) * kCluster);
-  config.blockDim = dim3(kFusedThreads);
-  config.dynamicSmemBytes = Size::bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = follows && overlap_wished() ? 2 : 1;
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, maps, shape);
-  return launch_status(op);
-}
-
-// Widths of tiles there are kernels for.
-template <int kCluster, bool kInside, bool kNMajor>
-struct Widths {
-  using type = std::integer_sequence<int, 192, 160>;
-};
-template <bool kNMajor>
-struct Widths<2, false, kNMajor> {
-  using type = std::integer_sequence<int, 256, 224, 192, 160, 128>;
-};
-template <>
-struct Widths<2, true, false> {  // an instruction has at most 256 columns, those of h with them
-  using type = std::integer_sequence<int, 224, 192, 160, 128>;
-};
-template <int kCluster>
-struct Widths<kCluster, true, true> {
-  using type = std::integer_sequence<int, 192, 128>;
-};
-
-// Of the widths the one that takes least time by the waves of blocks it makes. A wave took 1.05 us and 4.8e-5 us for
-// each column and each number along k (H200, 128 rows, K 640 and 3072, five widths).
-template <int... kWidths>
-int tile_columns(const Products& p, int cluster, int inside, std::integer_sequence<int, kWidths...>) {
-  const char* wish = std::getenv("FERA_EXPERT_TILE");  // for tests and timings: a width, where there is one
-  const int forced = wish == nullptr ? 0 : std::atoi(wish);
-  int best = 0;
-  double least = 1e30;
-  const int64_t rows = ceil_div(p.member[0].rows, int64_t{cluster} * kFusedRows);
-  double depth = static_cast<double>(p.member[0].depth);
-  for (int i = 1; i < p.members && p.summed; ++i) depth += static_cast<double>(p.member[i].depth);
-  for (const int width : {kWidths...}) {
-    int64_t tiles = 0;
-    for (int i = 0; i < (p.summed ? 1 : p.members); ++i) tiles += rows * ceil_div(p.member[i].columns, int64_t{width});
-    const double waves = static_cast<double>(ceil_div(tiles, int64_t{hopper() / cluster}));
-    const double time = waves * (1.05 + 4.8e-5 * (width + inside) * depth);
-    if (width == forced) return width;
-    if (time < least) best = width, least = time;
-  }
-  return best;
-}
-
-template <class T, bool kNMajor, int kCluster, int kInside, int... kWidths>
-fera_status launch_width(const char* op, const Products& p, bool follows, cudaStream_t stream,
-                         std::integer_sequence<int, kWidths...> widths) {
-  const int columns = tile_columns(p, kCluster, kInside, widths);
-  fera_status status = FERA_OK;
-  ((columns == kWidths && (status = launch<T, kWidths, kNMajor, kCluster, kInside>(op, p, follows, stream), true)) ||
-   ...);
-  return status;
-}
-
-// f(std::integral_constant) for one of two values.
-template <int kFirst, int kSecond, class F>
-fera_status either(bool first, F f) {
-  return first ? f(std::integral_constant<int, kFirst>{}) : f(std::integral_constant<int, kSecond>{});
-}
-
-template <class T>
-fera_status launch_products(const char* op, const Products& p, bool follows, cudaStream_t stream) {
-  const Product& first = p.member[0];
-  // Where the loop over k is short, two blocks that wait for each other cost more than the loads they share.
-  return either<1, 2>(first.depth <= 384, [&](auto cluster) {
-    return either<1, 0>(first.n_major, [&](auto n_major) {
-      constexpr int kCluster = decltype(cluster)::value;
-      constexpr bool kNMajor = decltype(n_major)::value != 0;
-      using Outside = typename Widths<kCluster, false, kNMajor>::type;
-      using With = typename Widths<kCluster, true, kNMajor>::type;
-      if (first.inside.a == nullptr) return launch_width<T, kNMajor, kCluster, 0>(op, p, follows, stream, Outside{});
-      return either<16, 32>(first.rank == 16, [&](auto rank) {
-        return launch_width<T, kNMajor, kCluster, decltype(rank)::value>(op, p, follows, stream, With{});
-      });
-    });
-  });
-}
 
 const char* refuses(const fera_rows& weight, int64_t width) {
   if (weight.data == nullptr) return "the base product is not asked for";
@@ -161,40 +24,55 @@ const char* refuses(const fera_rows& weight, int64_t width) {
 }
 bool repeats(const fera_rows& r, int64_t width) { return r.stride < width; }  // a tensor map has no stride of 0
 
-// The workspace of a narrow call: what the skinny products want, A and B in x's dtype.
+// The workspace of a narrow call: A and B in x's dtype, and what the place of h wants.
 template <class Args>
 struct FusedLayout {
-  char* skinny;
   void *a16, *b16;
+  char* skinny;            // outside: the skinny products'
+  int* ready;              // beside, and so the rest: the queue and the flags
+  void* u;                 // (T, R padded)
+  float *db, *da, *gates;  // backward: partial sums
   size_t bytes;
-  FusedLayout(const Args& args, size_t skinny_bytes, void* base) {
-    const fera_experts& e = args.experts;
+  FusedLayout(const Args& a, Place place, void* base) {
+    constexpr bool kBack = std::is_same_v<Args, fera_expert_update_backward_args>;
+    const fera_experts& e = a.experts;
     Workspace workspace(base);
-    skinny = workspace.take<char>(static_cast<int64_t>(skinny_bytes));
+    skinny = workspace.take<char>(place == Place::outside ? static_cast<int64_t>(skinny_workspace(a)) : 0);
     a16 = workspace.take<Half>(e.in * padded(e));
     b16 = workspace.take<Half>(e.out * padded(e));
+    const bool beside = place == Place::beside;
+    ready = workspace.take<int>(beside ? 1 + beside_flags(e.tokens) : 0);
+    u = workspace.take<Half>(beside ? e.tokens * padded(e) : 0);
+    const int64_t slices = beside && kBack ? ceil_div(e.tokens, int64_t{kFusedRows}) : 0;
+    if constexpr (kBack) {
+      db = workspace.take<float>(a.db ? slices * e.out * stacked_of(e) : 0);
+      da = workspace.take<float>(a.da ? slices * e.in * stacked_of(e) : 0);
+      gates = workspace.take<float>(a.dgate && beside ? gate_tiles(e) * 2 * padded(e) : 0);
+    }
     bytes = workspace.used();
   }
+  static int64_t gate_tiles(const fera_experts& e) { return ceil_div(e.tokens, int64_t{kBesideGateRows}); }
 };
-FusedLayout<fera_expert_update_args> layout(const fera_expert_update_args& a, bool inside, void* base) {
-  return {a, inside ? 0 : skinny_workspace(a), base};
-}
-FusedLayout<fera_expert_update_backward_args> layout(const fera_expert_update_backward_args& a, bool inside,
-                                                     void* base) {
-  return {a, inside ? sums_workspace(a) : skinny_workspace(a), base};
+template <class Args>
+FusedLayout<Args> layout(const Args& a, Place place, void* base) {
+  return {a, place, base};
 }
 
-// A as (rank, in) and B as (out, rank), in x's dtype.
+// A as (rank, in), B as (out, rank) or (rank, out), in x's dtype.
 Pack pack_a(const fera_experts& e, void* to) {
   const int in = static_cast<int>(e.in);
-  return {e.lora_a, e.a_dtype == FERA_F32, e.in, e.experts * e.rank, in, padded(e), in, to};
+  return {e.lora_a, e.a_dtype == FERA_F32, e.in, 1, e.experts * e.rank, in, padded(e), in, to};
 }
 Pack pack_b(const fera_experts& e, void* to) {
   const int out = static_cast<int>(e.out), stacked = e.experts * e.rank;
-  return {e.lora_b, e.b_dtype == FERA_F32, stacked, out, stacked, out, padded(e), to};
+  return {e.lora_b, e.b_dtype == FERA_F32, stacked, 1, out, stacked, out, padded(e), to};
+}
+Pack pack_b_across(const fera_experts& e, void* to) {
+  const int out = static_cast<int>(e.out), stacked = e.experts * e.rank;
+  return {e.lora_b, e.b_dtype == FERA_F32, 1, stacked, stacked, out, padded(e), out, to};
 }
 
-Inside inside_of(const fera_experts& e, const void* narrow, void* h) {
+Narrow narrow_of(const fera_experts& e, const void* narrow, void* h) {
   return {narrow,
           static_cast<const float*>(e.gate),
           static_cast<int>(e.rows_per_gate),
@@ -204,45 +82,63 @@ Inside inside_of(const fera_experts& e, const void* narrow, void* h) {
           h};
 }
 
-// The product of a call and the weights to pack for it; u where its own kernel will write it.
-void plan(const fera_expert_update_args& a, bool inside, void* workspace, Packs* packs, Product* p) {
-  const fera_experts& e = a.experts;
-  const auto l = layout(a, inside, workspace);
-  *p = {a.x, a.weight, a.y, false, a.bias, nullptr, l.b16, e.tokens, e.out, e.in, padded(e), {}};
-  packs->piece[packs->pieces++] = pack_b(e, l.b16);
-  if (inside) {
-    packs->piece[packs->pieces++] = pack_a(e, l.a16);
-    p->inside = inside_of(e, l.a16, a.h);
-  } else {
-    p->u = skinny_gated(a, l.skinny);
-  }
+// Zeros before the first of a call's kernels reads the queue and the flags; in numbers of 16 bits.
+Pack clear(int* ready, int64_t tokens) {
+  return {nullptr, false, 0, 0, 0, 0, 1, static_cast<int>(2 * (1 + beside_flags(tokens))), ready};
 }
-void plan(const fera_expert_update_backward_args& a, bool inside, void* workspace, Packs* packs, Product* p) {
+
+// The product of a call and the weights to pack for it; u where its own kernel will write it.
+void plan(const fera_expert_update_args& a, Place place, void* workspace, Packs* packs, Product* p) {
   const fera_experts& e = a.experts;
-  const auto l = layout(a, inside, workspace);
-  *p = {a.dy, a.weight, a.dx, true, nullptr, nullptr, l.a16, e.tokens, e.in, e.out, padded(e), {}};
-  if (a.dx.data != nullptr) packs->piece[packs->pieces++] = pack_a(e, l.a16);
-  if (inside) {
-    packs->piece[packs->pieces++] = pack_b(e, l.b16);
-    p->inside = inside_of(e, l.b16, sums_hidden(a, l.skinny));
-  } else {
+  const auto l = layout(a, place, workspace);
+  *p = {a.x, a.weight, a.y, false, a.bias, l.u, l.b16, e.tokens, e.out, e.in, padded(e), {}, {}};
+  packs->piece[packs->pieces++] = pack_b(e, l.b16);
+  if (place == Place::outside) {
     p->u = skinny_gated(a, l.skinny);
+    return;
   }
+  packs->piece[packs->pieces++] = pack_a(e, l.a16);
+  p->narrow = narrow_of(e, l.a16, a.h);
+  if (place != Place::beside) return;
+  packs->piece[packs->pieces++] = clear(l.ready, e.tokens);
+  p->items.ready = l.ready;
+}
+void plan(const fera_expert_update_backward_args& a, Place place, void* workspace, Packs* packs, Product* p) {
+  const fera_experts& e = a.experts;
+  const auto l = layout(a, place, workspace);
+  *p = {a.dy, a.weight, a.dx, true, nullptr, l.u, l.a16, e.tokens, e.in, e.out, padded(e), {}, {}};
+  if (a.dx.data != nullptr) packs->piece[packs->pieces++] = pack_a(e, l.a16);
+  if (place == Place::outside) {
+    p->u = skinny_gated(a, l.skinny);
+    return;
+  }
+  packs->piece[packs->pieces++] = pack_b_across(e, l.b16);
+  p->narrow = narrow_of(e, l.b16, nullptr);
+  packs->piece[packs->pieces++] = clear(l.ready, e.tokens);
+  p->items = {l.ready, a.h, a.db ? l.db : nullptr, a.da ? l.da : nullptr, a.dgate ? l.gates : nullptr};
+}
+
+// The reduction of what the items beside the product left.
+ReduceArgs beside_sums(const fera_expert_update_backward_args& a, void* workspace) {
+  const auto l = layout(a, Place::beside, workspace);
+  const int slices = static_cast<int>(ceil_div(a.experts.tokens, int64_t{kFusedRows}));
+  return reduce_of(a, {l.da, l.db, l.gates, slices, slices, kBesideGateRows});
 }
 
 // The kernels that make u, where the product does not.
 template <class Args>
 fera_status before(const Args& a, void* workspace, bool follows, const fera_context* context) {
   fera_context own = *context;
-  own.workspace = layout(a, false, workspace).skinny;
+  own.workspace = layout(a, Place::outside, workspace).skinny;
   return skinny_before(a, follows, &own);
 }
 
 }  // namespace
 
 fera_status launch_products(const char* op, const Products& p, bool follows, cudaStream_t stream) {
-  return p.member[0].x.dtype == FERA_BF16 ? launch_products<Bfloat>(op, p, follows, stream)
-                                          : launch_products<Half>(op, p, follows, stream);
+  if (p.place == Place::inside) return launch_products<Place::inside>(op, p, follows, stream);
+  if (p.place == Place::beside) return launch_products<Place::beside>(op, p, follows, stream);
+  return launch_products<Place::outside>(op, p, follows, stream);
 }
 
 const char* fused_refuses(const fera_expert_update_args& a) {
@@ -261,70 +157,76 @@ const char* fused_refuses(const fera_expert_update_backward_args& a) {
   return why;
 }
 
-// Inside, h costs its share of the product, again in every column tile of about 200. Outside it is a kernel of its own,
-// 5 us and a read of x at 2.8 TB/s.
-bool fused_inside(const fera_expert_update_args& a) {
-  const char* forced = std::getenv("FERA_EXPERT_INSIDE");  // for tests and timings: 0 or 1
-  if (forced != nullptr && *forced != 0) return *forced == '1';
-  const fera_experts& e = a.experts;
-  const double x = static_cast<double>(e.tokens) * static_cast<double>(e.in);
-  return 2 * x * static_cast<double>(e.out) * padded(e) / 200 / 7e14 < 5e-6 + 2 * x / 2.8e12;
+// For tests and timings: outside, inside or beside; NULL where nobody wishes.
+static const char* wished_place() {
+  const char* wish = std::getenv("FERA_EXPERT_PLACE");
+  return wish == nullptr || *wish == 0 ? nullptr : wish;
 }
 
-// Backward, inside saves a pass over dy and the wait between three kernels, about 10 us; its tiles are narrower than
-// the best, which costs more the more the product does (H200: it wins by 7 to 10 us at 16384 x 640 x 640 and 4096 x
-// 1280 x 1280, and loses 18 of 360 us at 16384 x 2432 x 2432).
-bool fused_inside(const fera_expert_update_backward_args& a) {
+// Inside, h costs its share of the product, again in every column tile of about 200. Beside, 128 rows of x are read by
+// one multiprocessor before the tiles of those rows can end; that pays where the share is above some 15 us (H200:
+// inside wins by 3 % of the forward pass at 4608 x 3072 x 3072, loses as much at 4608 x 3072 x 12288).
+Place fused_place(const fera_expert_update_args& a) {
+  if (const char* wish = wished_place())
+    return std::strcmp(wish, "inside") == 0   ? Place::inside
+           : std::strcmp(wish, "beside") == 0 ? Place::beside
+                                              : Place::outside;
   const fera_experts& e = a.experts;
-  if (a.dx.data == nullptr || !sums_take(e) || repeats(a.x, e.in)) return false;
-  const char* forced = std::getenv("FERA_EXPERT_INSIDE");
-  if (forced != nullptr && *forced != 0) return *forced == '1';
-  const double product = static_cast<double>(e.tokens) * static_cast<double>(e.out) * static_cast<double>(e.in);
-  return 2 * product * padded(e) / 192 / 7e14 < 5e-6;
+  const double product = static_cast<double>(e.tokens) * static_cast<double>(e.in) * static_cast<double>(e.out);
+  return 2 * product * padded(e) / 200 / 7e14 < 15e-6 ? Place::inside : Place::beside;
 }
 
-size_t fused_workspace(const fera_expert_update_args& a, bool inside) { return layout(a, inside, nullptr).bytes; }
-size_t fused_workspace(const fera_expert_update_backward_args& a, bool inside) {
-  return layout(a, inside, nullptr).bytes;
+// Backward the items beside the tiles read dy once for dh and dB, and x once for dA, while other multiprocessors
+// multiply.
+Place fused_place(const fera_expert_update_backward_args& a) {
+  const char* wish = wished_place();
+  if (a.dx.data == nullptr || repeats(a.x, a.experts.in)) return Place::outside;
+  return wish != nullptr && std::strcmp(wish, "outside") == 0 ? Place::outside : Place::beside;
+}
+
+size_t fused_workspace(const fera_expert_update_args& a, Place place) { return layout(a, place, nullptr).bytes; }
+size_t fused_workspace(const fera_expert_update_backward_args& a, Place place) {
+  return layout(a, place, nullptr).bytes;
 }
 size_t fused_workspace(const fera_expert_update_args& a) {
-  return wide_ranks(a.experts) ? wide_workspace(a) : fused_workspace(a, fused_inside(a));
+  return wide_ranks(a.experts) ? wide_workspace(a) : fused_workspace(a, fused_place(a));
 }
 size_t fused_workspace(const fera_expert_update_backward_args& a) {
-  return wide_ranks(a.experts) ? wide_workspace(a) : fused_workspace(a, fused_inside(a));
+  return wide_ranks(a.experts) ? wide_workspace(a) : fused_workspace(a, fused_place(a));
 }
 
-fera_status fused_members(const char* op, int members, const Call<fera_expert_update_args>* calls, bool inside,
+fera_status fused_members(const char* op, int members, const Call<fera_expert_update_args>* calls, Place place,
                           const fera_context* context) {
   const cudaStream_t stream = stream_of(context);
   Packs packs{};
-  Products products{members, false, {}};
-  for (int i = 0; i < members; ++i) plan(*calls[i].args, inside, calls[i].workspace, &packs, &products.member[i]);
+  Products products{members, false, place, {}, 0, {}};
+  for (int i = 0; i < members; ++i) plan(*calls[i].args, place, calls[i].workspace, &packs, &products.member[i]);
   launch_pack(products.member[0].x.dtype, packs, stream);
-  for (int i = 0; i < members && !inside; ++i)
+  for (int i = 0; i < members && place == Place::outside; ++i)
     FERA_RETURN_IF_ERROR(before(*calls[i].args, calls[i].workspace, true, context));
   return launch_products(op, products, true, stream);
 }
 
-fera_status fused_members(const char* op, int members, const Call<fera_expert_update_backward_args>* calls, bool inside,
+fera_status fused_members(const char* op, int members, const Call<fera_expert_update_backward_args>* calls, Place place,
                           const fera_context* context) {
   const cudaStream_t stream = stream_of(context);
   Packs packs{};
-  Products products{members, true, {}};
+  const fera_expert_update_backward_args& first = *calls[0].args;
+  Products products{members, true, place, first.x, first.experts.in, {}};
   const fera_expert_update_backward_args* args[FERA_MAX_GROUP];
-  void* sums[FERA_MAX_GROUP];
+  ReduceArgs reduce[FERA_MAX_GROUP];
   for (int i = 0; i < members; ++i) {
     args[i] = calls[i].args;
-    sums[i] = layout(*args[i], inside, calls[i].workspace).skinny;
-    plan(*args[i], inside, calls[i].workspace, &packs, &products.member[i]);
+    plan(*args[i], place, calls[i].workspace, &packs, &products.member[i]);
+    if (place == Place::beside) reduce[i] = beside_sums(*args[i], calls[i].workspace);
   }
   const bool packed = packs.pieces > 0;
   if (packed) launch_pack(products.member[0].x.dtype, packs, stream);
-  for (int i = 0; i < members && !inside; ++i)
+  for (int i = 0; i < members && place == Place::outside; ++i)
     FERA_RETURN_IF_ERROR(before(*args[i], calls[i].workspace, packed || i > 0, context));
   if (products.member[0].y.data == nullptr) return launch_status(op);
   FERA_RETURN_IF_ERROR(launch_products(op, products, true, stream));
-  return inside ? launch_sums(op, members, args, sums, stream) : FERA_OK;
+  return place == Place::beside ? launch_reduce(op, members, padded(first.experts), reduce, stream) : FERA_OK;
 }
 
 fera_status fused_launch(const fera_expert_update_args& a, const fera_context* context) {
@@ -332,12 +234,12 @@ fera_status fused_launch(const fera_expert_update_args& a, const fera_context* c
   const fera_experts& e = a.experts;
   if (!wide_ranks(e)) {
     const Call<fera_expert_update_args> call{&a, context->workspace};
-    return fused_members(op, 1, &call, fused_inside(a), context);
+    return fused_members(op, 1, &call, fused_place(a), context);
   }
   LowRank term{};
   FERA_RETURN_IF_ERROR(wide_down(a, context, &term));
-  const Product product{a.x, a.weight, a.y, false, a.bias, term.u, term.v, e.tokens, e.out, e.in, term.rank, {}};
-  return launch_products(op, {1, false, {product}}, true, stream_of(context));
+  const Product product{a.x, a.weight, a.y, false, a.bias, term.u, term.v, e.tokens, e.out, e.in, term.rank, {}, {}};
+  return launch_products(op, {1, false, Place::outside, {}, 0, {product}}, true, stream_of(context));
 }
 
 fera_status fused_launch(const fera_expert_update_backward_args& a, const fera_context* context) {
@@ -345,13 +247,13 @@ fera_status fused_launch(const fera_expert_update_backward_args& a, const fera_c
   const fera_experts& e = a.experts;
   if (!wide_ranks(e)) {
     const Call<fera_expert_update_backward_args> call{&a, context->workspace};
-    return fused_members(op, 1, &call, fused_inside(a), context);
+    return fused_members(op, 1, &call, fused_place(a), context);
   }
   LowRank term{};
   FERA_RETURN_IF_ERROR(wide_across(a, context, &term));
   if (a.dx.data == nullptr) return FERA_OK;
-  const Product product{a.dy, a.weight, a.dx, true, nullptr, term.u, term.v, e.tokens, e.in, e.out, term.rank, {}};
-  return launch_products(op, {1, false, {product}}, true, stream_of(context));
+  const Product product{a.dy, a.weight, a.dx, true, nullptr, term.u, term.v, e.tokens, e.in, e.out, term.rank, {}, {}};
+  return launch_products(op, {1, false, Place::outside, {}, 0, {product}}, true, stream_of(context));
 }
 
 }  // namespace fera::cuda

@@ -1,9 +1,10 @@
 // y = x W + bias + u V in one kernel (sm_90a): the low-rank term is the last blocks of the base product's loop over k.
 // Forward: W is the base weight read along k, V is B. Backward: dx = dy W + (gate scale dh) A, both read along n.
-// kInside = 16 or 32 (R padded): h too is made here. A lies beside W as further columns of each product, so that x is
-// read once for both; at the end of the loop the block scales its rows of h by the gate and multiplies them by B. Every
-// column tile makes h again, and the first of a member writes it. Backward the same with dh, and B and A in each
-// other's place. kInside = 0: u comes from another kernel.
+// kInside = 16 or 32 (R padded), forward: h too is made here. A lies beside W as further columns of each product, so
+// that x is read once for both; at the end of the loop the block scales its rows of h by the gate and multiplies them
+// by B. Every column tile makes h again, and the first of a member writes it. kBeside = 16 or 32: items of work before
+// the tiles make u, and backward dB, dA and dgate's sums (fused_beside.cuh); a tile waits for its rows' flag before it
+// reads u. Else u comes from another kernel.
 //
 // The kernel may start while the one before it still runs: it waits for that one before it reads u, or the packed A and
 // B, so that x and W are under way by then; nothing is written before.
@@ -19,25 +20,18 @@
 
 #include <type_traits>
 
-#include "expert_linear/hopper.cuh"
+#include "expert_linear/fused_beside.cuh"
 
 namespace fera::cuda {
 
-constexpr int kFusedRows = 128, kFusedDepth = 64, kFusedThreads = 384;
 constexpr int kFusedShared = 227 * 1024;  // a block's on sm_90
 
-constexpr int kMembers = FERA_MAX_GROUP;
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
 
 struct FusedMaps {
   CUtensorMap x[kMembers], w[kMembers], u[kMembers], v[kMembers], y[kMembers];  // u: A if kInside
-};
-
-// What kInside needs beside the maps.
-struct Hidden {
-  const float* gate;
-  int rows_per_gate, experts, rank;
-  float scale;
-  void* h;  // forward: (T, R) in x's dtype; backward, or NULL: dh, (T, kInside) in float32
+  CUtensorMap narrow[kMembers], other;  // kBeside: A forward, B backward; backward the forward's x
 };
 
 template <class T>
@@ -48,10 +42,14 @@ struct FusedShape {
   int blocks[kMembers];      // of 64 along k of x W
   int rank_steps[kMembers];  // of 16 of u V
   Hidden hidden[kMembers];
-  int rows;  // T
+  Beside<T> beside[kMembers];
+  int* queue;  // kBeside: what clusters have taken
+  int rows;    // T
   int members;
   bool summed;
   int row_tiles, column_tiles, tiles;  // row_tiles: clusters' worth
+  int items, lead;                     // kBeside: items of work beside the tiles, and those before the first tile
+  int other_blocks;                    // of 64 columns of `other`
 };
 
 // A tile's place, the member that it is written for, and the members [first, last) whose products it sums.
@@ -61,11 +59,11 @@ struct FusedTile {
 
 template <int kN, bool kNMajor, int kInside>
 struct FusedSize {
-  static_assert(kInside == 0 || !kNMajor || kN % 64 == 0, "n-major, the narrow columns are a box of their own");
+  static_assert(kInside == 0 || !kNMajor, "the columns of A lie beside those of W read along k");
   static constexpr int x_bytes = kFusedRows * kFusedDepth * 2;
   static constexpr int boxes = (kN + 63) / 64;  // n-major: of 64 columns
   static constexpr int w_bytes = kNMajor ? boxes * 64 * kFusedDepth * 2 : kN * kFusedDepth * 2;
-  static constexpr int narrow_bytes = kInside == 0 ? 0 : (kNMajor ? 64 : kInside) * kFusedDepth * 2;
+  static constexpr int narrow_bytes = kInside * kFusedDepth * 2;
   static constexpr int stage = x_bytes + w_bytes + narrow_bytes;
   static constexpr int staging = 2 * 2 * 64 * 64 * 2;  // of each warpgroup, two pieces of 64 columns
   static constexpr int stages = (kFusedShared - 1024 - 256 - staging) / stage;
@@ -74,9 +72,10 @@ struct FusedSize {
 
 // Tile `index` of a cluster. Rows go in bands of at most ten clusters, columns within a band, so that the tiles at work
 // at one time share rows and columns in L2.
+__host__ __device__ inline int band_height(int row_tiles) { return ceil_div(row_tiles, ceil_div(row_tiles, 10)); }
 template <int kN, int kCluster, class T>
 __device__ inline FusedTile fused_tile(const FusedShape<T>& s, int index, int rank) {
-  const int height = ceil_div(s.row_tiles, ceil_div(s.row_tiles, 10));
+  const int height = band_height(s.row_tiles);
   const int band = index / (height * s.column_tiles), inside = index - band * height * s.column_tiles;
   const int rows = min(height, s.row_tiles - band * height), column = inside / rows;
   int member = 0;
@@ -86,58 +85,7 @@ __device__ inline FusedTile fused_tile(const FusedShape<T>& s, int index, int ra
           member, s.summed ? 0 : member, s.summed ? s.members : member + 1};
 }
 
-// gate * scale of this thread's rows of h, `row` and `row` + 8, and columns 8 n + 2 (lane % 4) + {0, 1}; read before
-// the loop over k, so that nobody waits for it after.
-template <int kInside>
-struct Factors {
-  float at[2][kInside == 0 ? 1 : kInside / 8][2];
-  __device__ void load(const Hidden& hidden, int row, int rows, int lane) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int t = min(row + half * 8, rows - 1);
-      const float* gate = hidden.gate + static_cast<int64_t>(t / hidden.rows_per_gate) * hidden.experts;
-#pragma unroll
-      for (int n = 0; n < kInside / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int expert = (n * 8 + 2 * (lane % 4) + i) / hidden.rank;
-          at[half][n][i] = expert < hidden.experts ? gate[expert] * hidden.scale : 0.f;
-        }
-    }
-  }
-};
-
-// h of the same rows and columns, the end of `sum`: rounded (dh is not), written where it is wanted, and as the operand
-// gate scale h put into the shared rows `to` (64 of 128 bytes, swizzled).
-template <class T, bool kBack, int kInside, int kCount>
-__device__ inline void hidden_rows(const Hidden& hidden, const Factors<kInside>& factors, const float (&sum)[kCount],
-                                   int row, int rows, int place, uint32_t to, int lane, bool write) {
-  constexpr int kOffset = kCount - kInside / 2;
-  const int stacked = hidden.experts * hidden.rank;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int t = row + half * 8, r = place + half * 8;
-#pragma unroll
-    for (int n = 0; n < kInside / 8; ++n) {
-      const int q = n * 8 + 2 * (lane % 4);
-      float2 v = make_float2(sum[kOffset + n * 4 + half * 2], sum[kOffset + n * 4 + half * 2 + 1]);
-      if constexpr (!kBack) v = unpack<T>(pack<T>(v.x, v.y));
-      const uint32_t packed = pack<T>(v.x * factors.at[half][n][0], v.y * factors.at[half][n][1]);
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + r * 128 + ((n ^ r % 8) * 16) + lane % 4 * 4), "r"(packed)
-                   : "memory");
-      if (!write || t >= rows) continue;
-      if constexpr (kBack) {
-        *reinterpret_cast<float2*>(static_cast<float*>(hidden.h) + static_cast<int64_t>(t) * kInside + q) = v;
-      } else {
-        T* out = static_cast<T*>(hidden.h) + static_cast<int64_t>(t) * stacked + q;
-        if (q < stacked) out[0] = narrow<T>(v.x);
-        if (q + 1 < stacked) out[1] = narrow<T>(v.y);
-      }
-    }
-  }
-}
-
-template <class T, int kN, bool kNMajor, int kCluster, int kInside>
+template <class T, int kN, bool kNMajor, int kCluster, int kInside, int kBeside>
 __global__ void __launch_bounds__(kFusedThreads, 1)
     fused_product(const __grid_constant__ FusedMaps maps, const __grid_constant__ FusedShape<T> shape) {
 #if defined(FERA_SM90A)
@@ -146,6 +94,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   extern __shared__ unsigned char raw[];
   const uint32_t base = (shared_address(raw) + 1023) / 1024 * 1024;
   const uint32_t staging = base + kStages * Size::stage, full = staging + Size::staging, empty = full + kStages * 8;
+  const Queue<kCluster> queue{empty + kStages * 8};
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int rank = kCluster == 1 ? 0 : cluster_rank();
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
@@ -155,6 +104,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
       barrier_init(full + s * 8, 1);
       barrier_init(empty + s * 8, 8 * kCluster);  // a warp of either warpgroup of each block
     }
+    if constexpr (kBeside > 0) queue.init();
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     publish_shared();
   }
@@ -175,7 +125,42 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         waited = true;
       };
       uint32_t parity = 1;  // a fresh barrier counts as having completed the phase before its first
-      for (int index = cluster; index < shape.tiles; index += clusters) {
+      int turn = 0, claimed = 0;
+      if constexpr (kBeside > 0) {
+        wait_once();
+        if (rank == 0) claimed = atomicAdd(shape.queue, 1);
+      }
+      for (int next = cluster; kBeside > 0 || next < shape.tiles; next += clusters) {
+        int index = next;
+        if constexpr (kBeside > 0) {
+          if (rank == 0) queue.offer(turn, claimed);
+          index = queue.receive(turn++);
+          if (index >= shape.items + shape.tiles) break;
+          if (rank == 0) claimed = atomicAdd(shape.queue, 1);  // on its way while the copies below are started
+          const Work work = work_at(index, shape.items, shape.lead, shape.members, shape.column_tiles);
+          index = work.index;
+          if (work.item) {
+            const int member = index % shape.members, row = (index / shape.members * kCluster + rank) * kFusedRows;
+            const int first = pairs_of(shape.blocks[member]);
+            const int others = kNMajor && shape.beside[member].da != nullptr ? pairs_of(shape.other_blocks) : 0;
+            constexpr int kPieces = kPairStage<Size, kBeside> ? 1 : 2, kBlocks = 2 / kPieces;  // of a pair, of each
+            for (int i = 0; i < (first + others) * kPieces; ++i) {  // past the end of a row copies bring zeros
+              const bool other = i >= first * kPieces;
+              const int k = (other ? i - first * kPieces : i) * kFusedDepth * kBlocks;
+              const uint32_t barrier = full + stage * 8;
+              barrier_wait(empty + stage * 8, parity);
+              barrier_expect(barrier, kBlocks * (other ? Size::x_bytes : kBesideBytes<kBeside>));
+#pragma unroll
+              for (int block = 0; block < kBlocks; ++block) {
+                const uint32_t to = base + stage * Size::stage + block * kBesideBytes<kBeside>;
+                load_box<1>(to, other ? maps.other : maps.x[member], k + block * kFusedDepth, row, barrier);
+                if (!other) load_box<1>(to + Size::x_bytes, maps.narrow[member], k + block * kFusedDepth, 0, barrier);
+              }
+              if (++stage == kStages) stage = 0, parity ^= 1;
+            }
+            continue;
+          }
+        }
         const FusedTile tile = fused_tile<kN, kCluster>(shape, index, rank);
         for (int member = tile.first; member < tile.last; ++member) {
           const int product = shape.blocks[member];
@@ -189,6 +174,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
             barrier_expect(barrier, kInside > 0 && lowrank ? Size::w_bytes : Size::stage);
             if (lowrank) {
               wait_once();
+              if constexpr (kBeside > 0) await_flag(shape.beside[member].ready + tile.row / kFusedRows);
               if constexpr (kInside == 0) load_box<1>(to, maps.u[member], k, tile.row, barrier);
             } else {
               load_box<1>(to, maps.x[member], k, tile.row, barrier);
@@ -206,8 +192,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
             if constexpr (kInside > 0) {
               if (!lowrank) {
                 wait_once();
-                load_box<1>(to + Size::x_bytes + Size::w_bytes, maps.u[member], kNMajor ? 0 : k, kNMajor ? k : 0,
-                            barrier);
+                load_box<1>(to + Size::x_bytes + Size::w_bytes, maps.u[member], k, 0, barrier);
               }
             }
             if (++stage == kStages) stage = 0, parity ^= 1;
@@ -224,29 +209,44 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     auto release = [&](int s) {
       if (lane < kCluster) barrier_arrive(empty + s * 8, lane);
     };
-    for (int index = cluster; index < shape.tiles; index += clusters) {
+    int turn = 0;
+    for (int next = cluster; kBeside > 0 || next < shape.tiles; next += clusters) {
+      int index = next;
+      if constexpr (kBeside > 0) {
+        index = queue.take(turn++, lane);
+        if (index >= shape.items + shape.tiles) break;
+        const Work work = work_at(index, shape.items, shape.lead, shape.members, shape.column_tiles);
+        index = work.index;
+        if (work.item) {
+          const int member = index % shape.members, row = (index / shape.members * kCluster + rank) * kFusedRows;
+          const Beside<T>& side = shape.beside[member];
+          beside_rows<T, kNMajor, kBeside, kCluster, Size>(shape.hidden[member], side, shape.rows, shape.blocks[member],
+                                                           side.da != nullptr ? shape.other_blocks : 0, row,
+                                                           {base, full, empty, staging}, stage, parity);
+          continue;
+        }
+      }
       const FusedTile tile = fused_tile<kN, kCluster>(shape, index, rank);
       constexpr int kWhole = kN + kInside;
       float sum[kWhole / 2];  // h last
       int before = -1;
-      // One block of the ring: `steps` steps of 16 along k, where 4 is a constant in the loop that matters.
-      auto multiply = [&](auto whole, int steps, bool add) {
+      // One block of the ring: kFixed steps of 16 along k, or `steps` where that is 0. Not as a loop where it can be
+      // helped: behind a branch the compiler puts a wait before a product.
+      auto multiply = [&](auto width, auto fixed, int steps, bool add) {
+        constexpr int kWidth = decltype(width)::value, kFixed = decltype(fixed)::value;
         barrier_wait(full + stage * 8, parity);
         const uint32_t at = base + stage * Size::stage;
         const uint64_t a = operand(at + half * 64 * 128, 16);
         const uint64_t b = operand(at + Size::x_bytes, kNMajor ? 8192 : 16);
         pin(sum);
         products_begin();
-        if constexpr (decltype(whole)::value) {
 #pragma unroll
-          for (int k = 0; k < 4; ++k)
-            WarpgroupProduct<T, kWhole, kNMajor>::run(sum, a + k * 2, b + k * (kNMajor ? 128 : 2), add || k > 0);
-        } else {
+        for (int k = 0; k < kFixed; ++k)
+          WarpgroupProduct<T, kWidth, kNMajor>::run(sum, a + k * 2, b + k * (kNMajor ? 128 : 2), add || k > 0);
 #pragma unroll 1
-          for (int k = 0; k < steps; ++k) {
-            products_begin();
-            WarpgroupProduct<T, kN, kNMajor>::run(sum, a + k * 2, b + k * (kNMajor ? 128 : 2), 1);
-          }
+        for (int k = 0; kFixed == 0 && k < steps; ++k) {
+          products_begin();
+          WarpgroupProduct<T, kWidth, kNMajor>::run(sum, a + k * 2, b + k * (kNMajor ? 128 : 2), 1);
         }
         products_commit();
         pin(sum);
@@ -260,10 +260,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         const int blocks = shape.blocks[member];
         Factors<kInside> factors;
         if constexpr (kInside > 0) factors.load(shape.hidden[member], tile.row + half * 64 + place, shape.rows, lane);
-        for (int i = 0; i < blocks; ++i) multiply(std::true_type{}, 4, i > 0 || member > tile.first);
-        if constexpr (kInside == 0) {
+        for (int i = 0; i < blocks; ++i) multiply(Constant<kWhole>{}, Constant<4>{}, 4, i > 0 || member > tile.first);
+        if constexpr (kBeside > 0) {
+          multiply(Constant<kN>{}, Constant<kBeside / 16>{}, 0, true);
+        } else if constexpr (kInside == 0) {
           for (int steps = shape.rank_steps[member]; steps > 0; steps -= 4)
-            multiply(std::false_type{}, min(4, steps), true);
+            multiply(Constant<kN>{}, Constant<0>{}, min(4, steps), true);
         } else {
           products_wait<0>();
           pin(sum);
@@ -271,20 +273,11 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
           before = -1;
           barrier_wait(full + stage * 8, parity);  // V; x's place in this stage is free
           const Hidden& hidden = shape.hidden[member];
-          hidden_rows<T, kNMajor>(hidden, factors, sum, tile.row + half * 64 + place, shape.rows, place,
-                                  base + stage * Size::stage + half * 64 * 128, lane,
-                                  tile.column == 0 && hidden.h != nullptr);
+          hidden_rows<T>(hidden, factors, sum, tile.row + half * 64 + place, shape.rows, place,
+                         base + stage * Size::stage + half * 64 * 128, lane, tile.column == 0);
           publish_shared();
           warpgroup_meet(1 + half);
-          multiply(std::false_type{}, kInside / 16, true);
-          if constexpr (kNMajor) {  // the next member has a dh of its own
-            if (member + 1 < tile.last) {
-              products_wait<0>();
-              pin(sum);
-#pragma unroll
-              for (int i = kN / 2; i < kWhole / 2; ++i) sum[i] = 0;
-            }
-          }
+          multiply(Constant<kN>{}, Constant<kInside / 16>{}, 0, true);
         }
       }
       products_wait<0>();

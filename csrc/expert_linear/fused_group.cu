@@ -12,18 +12,18 @@ namespace fera {
 namespace cuda {
 namespace {
 
-// Whether every member's h (dh) is made inside the product: one kernel makes them, of one padded rank.
+// Where every member's h (dh) is made: the product's kernel makes them of one padded rank.
 template <class Group>
-bool group_inside(const Group& g) {
+Place group_place(const Group& g) {
   for (int i = 1; i < g.members; ++i)
-    if (padded(g.member[i].experts) != padded(g.member[0].experts)) return false;
-  return fused_inside(g.member[0]);
+    if (padded(g.member[i].experts) != padded(g.member[0].experts)) return Place::outside;
+  return fused_place(g.member[0]);
 }
 
 // A member's share of the workspace.
 template <class Group>
 size_t share(const Group& g, int i) {
-  return align256(fused_workspace(g.member[i], group_inside(g)));
+  return align256(fused_workspace(g.member[i], group_place(g)));
 }
 
 // Whether there is anything to lay out.
@@ -46,7 +46,7 @@ fera_status run(const char* op, const Group& g, const fera_context* context) {
     calls[i] = {&g.member[i], at};
     at += share(g, i);
   }
-  return fused_members(op, g.members, calls, group_inside(g), context);
+  return fused_members(op, g.members, calls, group_place(g), context);
 }
 
 }  // namespace

@@ -7,17 +7,18 @@ namespace fera::cuda {
 
 constexpr int kPackThreads = 256;
 
-// Element (i, j) of `from` at i * stride + j, (i_size, j_size); `out` (rows, columns) contiguous, zeros outside.
+// Element (i, j) of `from` at i * stride_i + j * stride_j, (i_size, j_size); `out` (rows, columns) contiguous, zeros
+// outside.
 struct Pack {
   const void* from;
   bool masters;  // float32, else x's dtype
-  int64_t stride;
+  int64_t stride_i, stride_j;
   int i_size, j_size, rows, columns;
   void* out;
 };
 struct Packs {
   int pieces;
-  Pack piece[2 * FERA_MAX_GROUP];  // of each member A and B
+  Pack piece[3 * FERA_MAX_GROUP];  // of each member A, B and zeros
 };
 
 // grid (blocks of the largest piece, pieces)
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_pieces(const __grid_constan
   const int i = at / p.columns, j = at % p.columns;
   float v = 0;
   if (i < p.i_size && j < p.j_size) {
-    const int64_t where = i * p.stride + j;
+    const int64_t where = i * p.stride_i + j * p.stride_j;
     v = p.masters ? static_cast<const float*>(p.from)[where] : widen(static_cast<const T*>(p.from)[where]);
   }
   static_cast<T*>(p.out)[at] = narrow<T>(v);

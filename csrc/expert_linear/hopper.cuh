@@ -55,6 +55,30 @@ __device__ inline void warpgroups_meet(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
+// ---- between blocks ----
+// `value` to shared memory of block `rank` of the cluster; its four bytes are counted by `barrier` there.
+__device__ inline void send(uint32_t to, uint32_t barrier, int rank, int value) {
+  asm volatile(
+      "{\n .reg .b32 there, meet;\n mapa.shared::cluster.u32 there, %0, %2;\n mapa.shared::cluster.u32 meet, %1, %2;\n"
+      " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %3, [meet];\n}" ::"r"(to),
+      "r"(barrier), "r"(rank), "r"(value)
+      : "memory");
+}
+// What this thread wrote to global memory may be read by tensor copies, of whoever learns of it.
+__device__ inline void publish_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+  __threadfence();
+}
+__device__ inline void raise_flag(int* flag) {
+  asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(flag) : "memory");
+}
+// Until the flag is up; tensor copies that follow read what was published before.
+__device__ inline void await_flag(const int* flag) {
+  int up = 0;
+  while (up == 0) asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(up) : "l"(flag) : "memory");
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // ---- tensor copies ----
 // The box at (column, row) to shared memory, of this block or, by `mask`, of every block of the cluster at the same
 // place; the bytes are counted by the barrier at the same place there.
@@ -107,6 +131,9 @@ template <int Pending>
 __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
+// A number that all threads of the warp have, so that the compiler knows it: products behind a branch that it takes for
+// divergent are executed one at a time, with a wait after each.
+__device__ inline int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
 // Keeps the compiler from moving accesses of accumulators over the instructions above.
 template <int kCount>
 __device__ inline void pin(float (&d)[kCount]) {
@@ -311,6 +338,39 @@ FERA_PRODUCT_256(Bfloat, "bf16")
 FERA_PRODUCT_256(Half, "f16")
 #undef FERA_PRODUCT_256
 #undef FERA_REGISTERS_256
+// Likewise for N = 16 and 32, where either operand may be stored along its other axis: m-major, a has rows of 64 numbers
+// along m, as an n-major b has along n.
+template <class T, int N, int kMMajor, int kNMajor>
+struct NarrowProduct;
+#define FERA_NARROW_16(type, name)                                                                              \
+  template <int kMMajor, int kNMajor>                                                                           \
+  struct NarrowProduct<type, 16, kMMajor, kNMajor> {                                                            \
+    static __device__ void run(float (&d)[8], uint64_t a, uint64_t b, int add) {                                \
+      asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %10, 0;\n"                                              \
+                   " wgmma.mma_async.sync.aligned.m64n16k16.f32." name "." name " {%0,%1,%2,%3,%4,%5,%6,%7},"   \
+                   " %8, %9, p, 1, 1, %11, %12;\n}"                                                             \
+                   : FERA_F8(d, 0)                                                                              \
+                   : "l"(a), "l"(b), "r"(add), "n"(kMMajor), "n"(kNMajor));                                     \
+    }                                                                                                           \
+  };
+FERA_NARROW_16(Bfloat, "bf16")
+FERA_NARROW_16(Half, "f16")
+#undef FERA_NARROW_16
+#define FERA_NARROW_32(type, name)                                                                              \
+  template <int kMMajor, int kNMajor>                                                                           \
+  struct NarrowProduct<type, 32, kMMajor, kNMajor> {                                                            \
+    static __device__ void run(float (&d)[16], uint64_t a, uint64_t b, int add) {                               \
+      asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %18, 0;\n"                                              \
+                   " wgmma.mma_async.sync.aligned.m64n32k16.f32." name "." name                                 \
+                   " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"                                  \
+                   " %16, %17, p, 1, 1, %19, %20;\n}"                                                           \
+                   : FERA_F8(d, 0), FERA_F8(d, 8)                                                               \
+                   : "l"(a), "l"(b), "r"(add), "n"(kMMajor), "n"(kNMajor));                                     \
+    }                                                                                                           \
+  };
+FERA_NARROW_32(Bfloat, "bf16")
+FERA_NARROW_32(Half, "f16")
+#undef FERA_NARROW_32
 #undef FERA_F8
 #undef FERA_F4
 // clang-format on

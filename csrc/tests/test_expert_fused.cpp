@@ -183,22 +183,27 @@ int main() {
     const std::string ragged = fera_expert_backward_variant(&g, device);
     if (one != "wgmma" || !four.empty() || !ragged.empty())
       fail("variants of wide ranks: %s, %s, %s", one.c_str(), four.c_str(), ragged.c_str());
-    // Every width of tiles, h made inside the product and before it; R below and above 16.
-    for (const char* inside : {"0", "1"})
+    // Every width of tiles, h made by another kernel, inside the tiles and beside them; R below and above 16; gate rows
+    // of which a tile of 128 tokens meets many.
+    for (const char* place : {"outside", "inside", "beside"})
       for (const char* width : {"128", "160", "192", "224", "256"}) {
-        setenv("FERA_EXPERT_INSIDE", inside, 1);
+        setenv("FERA_EXPERT_PLACE", place, 1);
         setenv("FERA_EXPERT_TILE", width, 1);
         if (brief()) break;
         check({FERA_BF16, FERA_F32, 300, 456, 520, 3, 4, 3, true});
         check({FERA_F16, FERA_F16, 280, 320, 264, 2, 15, 2, false, 8});
+        check({FERA_BF16, FERA_F32, 340, 392, 400, 3, 4, 17, true});
+        check({FERA_BF16, FERA_BF16, 308, 456, 200, 3, 1, 4, false, 8});
       }
     // Many shallow tiles a block, each of three pieces that two staging buffers hold in turns.
     setenv("FERA_EXPERT_TILE", "160", 1);
-    if (!brief()) {
+    for (const char* place : {"inside", "beside"}) {
+      if (brief()) break;
+      setenv("FERA_EXPERT_PLACE", place, 1);
       check({FERA_BF16, FERA_F32, 9000, 16, 1920, 3, 4, 1, true});
       check({FERA_BF16, FERA_F32, 9000, 1920, 16, 2, 15, 1, true});  // many tiles of tokens a slice of the sums
     }
-    unsetenv("FERA_EXPERT_INSIDE");
+    unsetenv("FERA_EXPERT_PLACE");
     unsetenv("FERA_EXPERT_TILE");
     done("expert_update with a weight", device);
   }

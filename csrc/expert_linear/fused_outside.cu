@@ -1,0 +1,8 @@
+// The fused product's kernels for Place::outside.
+#include "expert_linear/fused_launch.cuh"
+
+namespace fera::cuda {
+
+template fera_status launch_products<Place::outside>(const char*, const Products&, bool, cudaStream_t);
+
+}  // namespace fera::cuda
