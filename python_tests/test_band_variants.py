@@ -96,6 +96,63 @@ def test_replayed_graph(variant: str, sample: Sample, dtype: torch.dtype, monkey
     assert not any(torch.equal(a, b) for a, b in zip(seen[0], seen[1])), "a replay must follow its inputs"
 
 
+CLUSTER = "FERA_BAND_CLUSTER"
+PLANS = [
+    pytest.param(plan, sample, id=f"{plan}-{sample}")
+    for sample, plans in (
+        (_sample("band_energy", (2, 5, 128, 128), Bands.dog(3)), ("blocks=1", "blocks=1,threads=512", "blocks=8")),
+        (_sample("latent_gate", (2, 5, 128, 128), Bands.dog(3)), ("blocks=1", "blocks=8", "blocks=16,clusters=2")),
+        (
+            _sample("fecl_loss", (2, 5, 128, 128), Bands.dog(3)),
+            ("blocks=8,launches=1", "blocks=8,launches=2", "blocks=8,clusters=3,launches=1", "blocks=16,clusters=2"),
+        ),
+        (_sample("fecl_loss", (3, 4, 64, 64), Bands.dog(4)), ("clusters=2,launches=1", "threads=512,launches=2")),
+    )
+    for plan in plans
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plan,sample", PLANS)
+def test_forced_clusters(plan: str, sample: Sample, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes of clusters and blocks that such a latent does not take by itself: values, bits and replays."""
+    monkeypatch.setenv(CLUSTER, plan)
+    _force(monkeypatch, "cluster", sample, dtype)
+    assert_matches_float64(sample, dtype, CUDA)
+    given = sample.cast(dtype, CUDA)
+    first, again = given.gradients(ops), given.gradients(ops)
+    for a, b in zip([first[0], *first[1]], [again[0], *again[1]]):
+        assert torch.equal(a, b)
+    captured = Captured(sample.cast(dtype, CUDA))
+    for factor in (0.75, -1.5):
+        with torch.no_grad():
+            for leaf in captured.leaves:
+                leaf.mul_(factor)
+        for a, b in zip(captured.replay(), captured.eager()):
+            assert torch.equal(a, b), tolerances.error(a, b)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("plan", ["nonsense", "blocks=0", "threads=100"])
+def test_an_unknown_plan(op: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CLUSTER, plan)
+    given = _sample(op, (2, 4, 64, 64), Bands.dog(3)).cast(torch.float32, CUDA)
+    sentence = f"{op}: {CLUSTER} must be like blocks=8,threads=256,clusters=2,pairs=1,launches=2, got {plan}"
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        given.run(ops)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("plan", ["blocks=3", "threads=32"])
+def test_no_such_cluster(op: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = _sample(op, (2, 4, 64, 64), Bands.dog(3)).cast(torch.float32, CUDA)
+    monkeypatch.setenv(CLUSTER, plan)
+    assert band_variant((2, 4, 64, 64), torch.float32, Bands.dog(3), CUDA) == ""
+    sentence = f"{op}: {CLUSTER} must be one that this device, size, dtype, layout and these bands have, got {plan}"
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        given.run(ops)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_an_unknown_variant(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "nonsense")
@@ -182,7 +239,9 @@ def _custom(height: int, width: int) -> Bands:
     return Bands.custom(masks)
 
 
-@pytest.mark.parametrize("shape", [(4, 4, 64, 64), (2, 4, 96, 96)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4, 4, 64, 64), (2, 4, 96, 96), (4, 16, 64, 64), (4, 16, 128, 128), (8, 16, 128, 128)], ids=str
+)
 @pytest.mark.parametrize("name", ["dog", "rings", "custom", "author"])
 @pytest.mark.parametrize(
     "op,leaves,forward,backward",

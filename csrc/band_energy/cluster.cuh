@@ -23,7 +23,7 @@
 
 namespace fera::cuda {
 
-constexpr int kClusterThreads = 256;                   // at most
+constexpr int kClusterThreads = 512;                   // at most: 128 registers a thread
 constexpr int kQuadruples = (FERA_MAX_BANDS + 4) / 4;  // of weights, with the whole norm's
 
 // ---- what a launch is told ----
@@ -217,6 +217,63 @@ __device__ __forceinline__ void cluster_columns_first(const ClusterScene<F>& c, 
 // float32 sums are right as they are while the powers stay clear of the ends of its range, also times a mask's values.
 __device__ __forceinline__ bool safe_power(float total) { return total > 1e-16f && total < 1e25f; }
 
+// A column's last butterfly, of elements at(i), and the powers of its results; they are divided by the square of a
+// power of two, which is returned squared. Whole warps call it, lanes without a butterfly inactive. Keep writes the
+// results back.
+template <int R, bool Keep, class At>
+__device__ __forceinline__ double column_powers(const At& at, bool active, float (&power)[R]) {
+  float scale = 1;
+  int exponent = 0;
+  auto powers = [&](auto scaled) {
+    float total = 0;
+    float2 a[R];
+#pragma unroll
+    for (int i = 0; i < R; ++i) a[i] = active ? at(i) : float2{0, 0};
+    if (!Keep || !scaled) dft<R>(a);
+    if (Keep && !scaled && active)
+#pragma unroll
+      for (int i = 0; i < R; ++i) at(i) = a[i];
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      const float re = scaled ? a[i].x * scale : a[i].x, im = scaled ? a[i].y * scale : a[i].y;
+      power[i] = fmaf(re, re, im * im);
+      total += power[i];
+    }
+    return total;
+  };
+  // A lane without a butterfly has nothing to save.
+  const bool safe = safe_power(powers(Index<0>{})) || !active;
+  if (!__all_sync(0xffffffffu, safe)) {  // far from 1, zero, infinite or NaN: scale by a power of two
+    unsigned bits = 0;
+    if (active)
+#pragma unroll 1
+      for (int i = 0; i < R; ++i) {
+        const float2 v = at(i);
+        bits = max(bits, max(__float_as_uint(v.x) & 0x7fffffffu, __float_as_uint(v.y) & 0x7fffffffu));
+      }
+    bits = __reduce_max_sync(0xffffffffu, bits);
+    exponent = bits == 0 || bits >= 0x7f800000u ? 0 : max(-126, min(120, ilogbf(__uint_as_float(bits)) + 6));
+    scale = scalbnf(1.0f, -exponent);
+    if (bits != 0) powers(Index<1>{});
+  }
+  return __hiloint2double((1023 + 2 * exponent) << 20, 0);
+}
+
+// Four sums over a warp in six shuffles, halving the values while halving the lanes: lanes 0, 8, 16 and 24 have x, y, z
+// and w.
+__device__ __forceinline__ float warp_sums(float4 sum) {
+  const int lane = threadIdx.x % 32;
+  const bool high = lane & 16, odd = lane & 8;
+  float p = high ? sum.z : sum.x, q = high ? sum.w : sum.y;
+  p += __shfl_xor_sync(0xffffffffu, high ? sum.x : sum.z, 16);
+  q += __shfl_xor_sync(0xffffffffu, high ? sum.y : sum.w, 16);
+  float r = odd ? q : p;
+  r += __shfl_xor_sync(0xffffffffu, odd ? p : q, 8);
+#pragma unroll
+  for (int offset = 4; offset > 0; offset /= 2) r += __shfl_xor_sync(0xffffffffu, r, offset);
+  return r;
+}
+
 // The second butterfly of every signal's columns and the weighted powers, added to `carried` (signal, quadruple): lanes
 // 0, 8, 16 and 24 of each warp hold bands 4g ... 4g + 3. Keep writes the spectrum back.
 template <class F, bool Keep>
@@ -232,42 +289,9 @@ __device__ __forceinline__ void cluster_columns_last(const ClusterScene<F>& c, i
                    pair = rest / B;
     const bool active = t < unsigned(items) && (F::even_cols || col < unsigned(valid));
     float power[R];
-    float2* at = c.shared.columns + (s * pairs + pair) * F::column_plane;
-    float scale = 1;
-    int exponent = 0;
-    auto powers = [&](auto scaled) {
-      float total = 0;
-      float2 a[R];
-#pragma unroll
-      for (int i = 0; i < R; ++i) a[i] = active ? at[F::column_at(col, b, i)] : float2{0, 0};
-      if (!Keep || !scaled) dft<R>(a);
-      if (Keep && !scaled && active)
-#pragma unroll
-        for (int i = 0; i < R; ++i) at[F::column_at(col, b, i)] = a[i];
-#pragma unroll
-      for (int i = 0; i < R; ++i) {
-        const float re = scaled ? a[i].x * scale : a[i].x, im = scaled ? a[i].y * scale : a[i].y;
-        power[i] = fmaf(re, re, im * im);
-        total += power[i];
-      }
-      return total;
-    };
-    // A lane without a butterfly has nothing to save.
-    const bool safe = safe_power(powers(Index<0>{})) || !active;
-    if (!__all_sync(0xffffffffu, safe)) {  // far from 1, zero, infinite or NaN: scale by a power of two
-      unsigned bits = 0;
-      if (active)
-#pragma unroll 1
-        for (int i = 0; i < R; ++i) {
-          const float2 v = at[F::column_at(col, b, i)];
-          bits = max(bits, max(__float_as_uint(v.x) & 0x7fffffffu, __float_as_uint(v.y) & 0x7fffffffu));
-        }
-      bits = __reduce_max_sync(0xffffffffu, bits);
-      exponent = bits == 0 || bits >= 0x7f800000u ? 0 : max(-126, min(120, ilogbf(__uint_as_float(bits)) + 6));
-      scale = scalbnf(1.0f, -exponent);
-      if (bits != 0) powers(Index<1>{});
-    }
-    const double back = __hiloint2double((1023 + 2 * exponent) << 20, 0);
+    float2* const plane = c.shared.columns + (s * pairs + pair) * F::column_plane;
+    const auto at = [&](int k) -> float2& { return plane[F::column_at(col, b, k)]; };
+    const double back = column_powers<R, Keep>(at, active, power);
 #pragma unroll 1
     for (int g = 0; g < c.groups; ++g) {
       const float4* weights = c.shared.slab + (g * F::H + b) * F::cols + col;
@@ -278,16 +302,7 @@ __device__ __forceinline__ void cluster_columns_last(const ClusterScene<F>& c, i
         sum = {fmaf(power[i], w.x, sum.x), fmaf(power[i], w.y, sum.y), fmaf(power[i], w.z, sum.z),
                fmaf(power[i], w.w, sum.w)};
       }
-      // Four sums in six shuffles: halve the values while halving the lanes.
-      const bool high = lane & 16, odd = lane & 8;
-      float p = high ? sum.z : sum.x, q = high ? sum.w : sum.y;
-      p += __shfl_xor_sync(0xffffffffu, high ? sum.x : sum.z, 16);
-      q += __shfl_xor_sync(0xffffffffu, high ? sum.y : sum.w, 16);
-      float r = odd ? q : p;
-      r += __shfl_xor_sync(0xffffffffu, odd ? p : q, 8);
-#pragma unroll
-      for (int offset = 4; offset > 0; offset /= 2) r += __shfl_xor_sync(0xffffffffu, r, offset);
-      carried[s][g] += r * back;
+      carried[s][g] += warp_sums(sum) * back;
     }
   }
 }
@@ -326,6 +341,27 @@ __device__ __forceinline__ void cluster_add(const ClusterScene<F>& c, double* su
     for (int offset = 16; offset >= 4; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     const int s = k0 / per_signal, k = k0 - s * per_signal + lane;
     if (lane < 4 && k <= c.bands) sums[s * (c.bands + 1) + k] = sum * scale;
+  }
+  __syncwarp();
+}
+
+// Sums of a sample that several clusters share, (N, clusters, signals, K+1): this cluster's, by warp 0 of its block 0.
+template <class F>
+__device__ __forceinline__ void cluster_publish(const ClusterScene<F>& c, const double* sums, double* partial) {
+  const int entries = c.source.signals * (c.bands + 1);
+  for (int k = threadIdx.x; k < entries; k += 32) partial[(c.n * c.plan.clusters + c.cluster) * entries + k] = sums[k];
+}
+
+// partial -> sums (signals, K+1) of sample n, by one warp, after the grid's barrier.
+template <class F>
+__device__ __forceinline__ void cluster_gather(const ClusterScene<F>& c, int64_t n, const double* partial,
+                                               double* sums) {
+  const int entries = c.source.signals * (c.bands + 1);
+  for (int k = threadIdx.x % 32; k < entries; k += 32) {
+    double sum = 0;
+#pragma unroll 4
+    for (int i = 0; i < c.plan.clusters; ++i) sum += __ldcg(partial + (n * c.plan.clusters + i) * entries + k);
+    sums[k] = sum;
   }
   __syncwarp();
 }
@@ -377,7 +413,7 @@ __device__ __forceinline__ void cluster_keep(const ClusterScene<F>& c, int first
 // grid N * clusters * S, clusters of S blocks. With several clusters a sample the launch is cooperative and partial
 // (N, clusters, signals, K+1) takes each one's sums; the first adds them up. Keep leaves the spectra in kept.
 template <class F, bool Keep>
-__global__ void __launch_bounds__(kClusterThreads, 2)
+__global__ void __launch_bounds__(kClusterThreads, 1)
     cluster_energies(const __grid_constant__ Source source, const __grid_constant__ ClusterPlan plan,
                      const float* masks, int bands, const __grid_constant__ Finish<float> finish, double* partial,
                      float2* kept) {
@@ -425,18 +461,10 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
   cluster_wait();
   if (c.rank == 0 && threadIdx.x < 32) cluster_add<F>(c, sums);
   if (plan.clusters > 1) {
-    const int entries = source.signals * (bands + 1), lane = threadIdx.x;
-    if (c.rank == 0 && lane < 32)
-      for (int k = lane; k < entries; k += 32) partial[(n * plan.clusters + c.cluster) * entries + k] = sums[k];
+    if (c.rank == 0 && threadIdx.x < 32) cluster_publish<F>(c, sums, partial);
     cooperative_groups::this_grid().sync();
     if (!last) return;
-    if (lane < 32)
-      for (int k = lane; k < entries; k += 32) {
-        double sum = 0;
-#pragma unroll 4
-        for (int i = 0; i < plan.clusters; ++i) sum += __ldcg(partial + (n * plan.clusters + i) * entries + k);
-        sums[k] = sum;
-      }
+    if (threadIdx.x < 32) cluster_gather<F>(c, n, partial, sums);
   }
   if (warp_routes) {
     if (threadIdx.x >= 32) return;

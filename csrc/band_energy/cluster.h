@@ -9,6 +9,11 @@ namespace fera::cuda {
 // fecl: energies, loss and gradient in one launch.
 enum class ClusterTask { energies, adjoint, fecl };
 
+// The environment's variable with numbers for the launches of this variant.
+constexpr const char* kClusterWish = "FERA_BAND_CLUSTER";
+bool cluster_wish_given();
+bool cluster_wish_known();
+
 // Whether this device, size, dtype and layout have a kernel.
 bool cluster_takes(const Source& source, const fera_filters& filters, ClusterTask task);
 
@@ -23,7 +28,7 @@ fera_status cluster_energies_launch(const char* op, const Source& source, const 
 fera_status cluster_adjoint_launch(const char* op, const Source& source, const fera_filters& filters,
                                    const Coefficients& from, const Output& dz, const fera_context* context);
 
-// FECL's loss, and its gradient divided by factor[n]: two launches.
+// FECL's loss, and its gradient divided by factor[n]: at most two launches.
 fera_status cluster_fecl_launch(const char* op, const Source& source, const fera_filters& filters,
                                 const Finish<float>& finish, float* loss, const View& gradient, double* factor,
                                 const fera_context* context);

@@ -17,6 +17,8 @@ struct ClusterGradient {
   double eps, weight;
   double* factor;  // (N)
   double* losses;  // (N)
+  // With several clusters a sample also what cluster_energies calls partial; loss takes the mean then.
+  double* partial;
   // Without, of two signals: what cluster_energies kept of them, and the mean of these (N) goes to loss.
   float2* kept;
   const double* means;
@@ -118,6 +120,28 @@ __device__ __forceinline__ void cluster_columns_back(const ClusterScene<F>& c, i
   }
 }
 
+// Pixels j + i M of row y of planes p and p + 1, whose values come exchanged, scaled.
+template <int R, int M>
+__device__ __forceinline__ void write_row(const Source& source, const Output& dz, int64_t n, int p, int y, int j,
+                                          const float2 (&a)[R], const Scale<float>& scale) {
+  const int64_t at = dz.view.offset(n, p, y, j), step = dz.view.stride_w * M;
+  auto write = [&](auto tag) {
+    using T = decltype(tag);
+    T* to = static_cast<T*>(dz.view.data) + at;
+#pragma unroll
+    for (int i = 0; i < R; ++i) to[i * step] = narrow<T>(scale(a[i].y));
+    if (p + 1 < source.p)
+#pragma unroll
+      for (int i = 0; i < R; ++i) to[dz.view.stride_p + i * step] = narrow<T>(scale(a[i].x));
+  };
+  if (dz.wide || source.dtype == FERA_F32)
+    write(float{});
+  else if (source.dtype == FERA_BF16)
+    write(Bfloat{});
+  else
+    write(Half{});
+}
+
 // Both butterflies of the rows backwards -> global memory, scaled.
 template <class F>
 __device__ __forceinline__ void cluster_rows_back(const ClusterScene<F>& c, const Output& dz, int first, int pairs,
@@ -140,7 +164,7 @@ __device__ __forceinline__ void cluster_rows_back(const ClusterScene<F>& c, cons
   constexpr int R = F::w1, M = F::w2;
 #pragma unroll 1
   for (unsigned t = threadIdx.x; t < unsigned(pairs * F::rows * M); t += blockDim.x) {
-    const unsigned j = t % M, line = t / M, row = line % F::rows;
+    const unsigned item = F::back_item(t), j = item % M, line = item / M, row = line % F::rows;
     const int y = c.rank * F::rows + row, p = 2 * (first + line / F::rows);
     if (!F::even_rows && y >= F::H) continue;
     const float2* from = c.shared.rows + line / F::rows * F::row_plane;
@@ -153,30 +177,29 @@ __device__ __forceinline__ void cluster_rows_back(const ClusterScene<F>& c, cons
       if (i > 0) a[i] = times(a[i], root[i]);
     }
     dft<R>(a);
-    const int64_t at = dz.view.offset(c.n, p, y, j), step = dz.view.stride_w * M;
-    auto write = [&](auto tag) {
-      using T = decltype(tag);
-      T* to = static_cast<T*>(dz.view.data) + at;
-#pragma unroll
-      for (int i = 0; i < R; ++i) to[i * step] = narrow<T>(scale(a[i].y));
-      if (p + 1 < c.source.p)
-#pragma unroll
-        for (int i = 0; i < R; ++i) to[dz.view.stride_p + i * step] = narrow<T>(scale(a[i].x));
-    };
-    if (dz.wide || c.source.dtype == FERA_F32)
-      write(float{});
-    else if (c.source.dtype == FERA_BF16)
-      write(Bfloat{});
-    else
-      write(Half{});
+    write_row<R, M>(c.source, dz, c.n, p, y, j, a, scale);
+  }
+}
+
+// The losses of all samples, by block 0 after the grid's barrier, a warp a sample: their mean needs no launch.
+template <class F>
+__device__ __forceinline__ void cluster_losses(const ClusterScene<F>& c, const ClusterGradient& to) {
+  const int warp = threadIdx.x / 32, entries = 2 * (c.bands + 1);
+  double* const sums = c.shared.arrived + warp * entries;  // the warps' sums have been added up
+#pragma unroll 1
+  for (int64_t n = warp; n < c.source.n; n += blockDim.x / 32) {
+    cluster_gather<F>(c, n, to.partial, sums);
+    const double loss = fecl_sample_warp(sums, sums + c.bands + 1, c.bands, to.eps, to.weight, nullptr);
+    if (threadIdx.x % 32 == 0) to.losses[n] = loss;
+    __syncwarp();
   }
 }
 
 // grid N * clusters * S, clusters of S blocks. The filters' adjoint of one signal, or of two from the spectra that
-// cluster_energies kept; or FECL's loss and gradient, one cluster a sample and every pair at once, because the filter
-// needs the sums over all planes.
+// cluster_energies kept; or FECL's loss and gradient, every pair at once, because the filter needs the sums over all
+// planes: of one cluster, or of several in a cooperative launch.
 template <class F>
-__global__ void __launch_bounds__(kClusterThreads, 2)
+__global__ void __launch_bounds__(kClusterThreads, 1)
     cluster_gradient(const __grid_constant__ Source source, const __grid_constant__ ClusterPlan plan,
                      const float* masks, int bands, const __grid_constant__ ClusterGradient to) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -229,19 +252,32 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
       if (fecl) {
         double carried[2][kQuadruples] = {};
         cluster_columns_last<F, true>(c, here, carried);
-        cluster_send<F>(c, carried, F::S);
+        const bool alone = plan.clusters == 1;
+        cluster_send<F>(c, carried, alone ? F::S : 1);
         cluster_arrive();
         cluster_wait();
+        if (!alone) {
+          if (c.rank == 0 && threadIdx.x < 32) {
+            cluster_add<F>(c, sums);
+            cluster_publish<F>(c, sums, to.partial);
+          }
+          cooperative_groups::this_grid().sync();
+        }
         if (threadIdx.x < 32) {
-          cluster_add<F>(c, sums);
+          if (alone)
+            cluster_add<F>(c, sums);
+          else
+            cluster_gather<F>(c, n, to.partial, sums);
           const double loss = fecl_sample_warp(sums, sums + bands + 1, bands, to.eps, to.weight, raw_coefficients);
           scale_coefficients(raw_coefficients, 2, bands, coefficients, &exponent);
-          if (c.rank == 0 && threadIdx.x == 0) {
-            to.losses[n] = loss;
+          if (c.rank == 0 && c.cluster == 0 && threadIdx.x == 0) {
+            if (alone) to.losses[n] = loss;
             to.factor[n] = ldexp(1.0, exponent);
           }
         }
+        if (!alone && blockIdx.x == 0) cluster_losses<F>(c, to);
         __syncthreads();
+        if (!alone && blockIdx.x == 0 && threadIdx.x < 32) mean_of_losses(source.n, to.losses, to.loss);
       }
       cluster_filter<F, 2, true>(c, here, coefficients);
     }

@@ -25,7 +25,9 @@ struct ClusterSize {
   static constexpr int row_step = w2 + (w2 % 16 == 0), row_pitch = (w1 * row_step) | 1;
   // A parcel is what one block has for another: (cols, rows) on the way to the columns, (rows, cols) on the way back,
   // the inner axis padded to an odd number, the whole to 16 bytes. A plane is S parcels, by sender or by receiver.
-  static constexpr int parcel = (cols * (rows | 1) + 1) / 2 * 2, back_parcel = (rows * (cols | 1) + 1) / 2 * 2;
+  // On the way back, where lanes read x = i + j w1 of a row, parcels of a multiple of 4 would share banks.
+  static constexpr int parcel = (cols * (rows | 1) + 1) / 2 * 2, back_even = (rows * (cols | 1) + 1) / 2 * 2,
+                       back_parcel = back_even + (back_even % 4 == 0 ? 2 : 0);
   static constexpr int larger_parcel = parcel > back_parcel ? parcel : back_parcel;
   static constexpr int column_plane = S * larger_parcel;
   static constexpr int row_plane =
@@ -43,6 +45,13 @@ struct ClusterSize {
     constexpr unsigned n = cols, stride = cols | 1;
     return x / n * back_parcel + row * stride + x % n;
   }
+  // Item t of the last butterflies of the rows: where a row has 16, half a warp takes 8 of each of two rows, whose
+  // parcels' even pitch and the rows' odd one meet all banks.
+  __host__ __device__ static constexpr unsigned back_item(unsigned t) {
+    return w2 == 16 && rows % 2 == 0 ? (t & ~24u) | (t & 8u) << 1 | (t & 16u) >> 1 : t;
+  }
+  static constexpr int row_butterflies = rows * (w1 > w2 ? w1 : w2), column_butterflies = cols * (h1 > h2 ? h1 : h2),
+                       butterflies = row_butterflies > column_butterflies ? row_butterflies : column_butterflies;
   static constexpr bool even_rows = H % S == 0, even_cols = W % S == 0;
   static_assert(w1 > 0 && h1 > 0, "no two radices make this size");
   static_assert(rows * w1 <= 256 && cols * h2 <= 256, "a plane's last butterflies must fit a block");

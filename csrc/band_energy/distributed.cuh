@@ -43,6 +43,18 @@ __device__ __forceinline__ void copy_async(float4* to, const float4* from) {
 }
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Of what is read once: L1 keeps what it has.
+template <class T>
+__device__ __forceinline__ T load_once(const T* from) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 2, "float32 and 16-bit types");
+  T value;
+  if constexpr (sizeof(T) == 4)
+    asm volatile("ld.global.L1::no_allocate.b32 %0, [%1];" : "=r"(reinterpret_cast<uint32_t&>(value)) : "l"(from));
+  else
+    asm volatile("ld.global.L1::no_allocate.b16 %0, [%1];" : "=h"(reinterpret_cast<uint16_t&>(value)) : "l"(from));
+  return value;
+}
+
 // The mean of the samples' losses. One block of one warp, or one warp of a larger one.
 __device__ inline void mean_of_losses(int64_t samples, const double* losses, float* loss) {
   double sum = 0;

@@ -1,6 +1,7 @@
 // Which variant of the band kernels runs: strips.cuh for separable filters and cluster.cuh for spectral ones, where
 // they have a kernel for the device, size, dtype and layout, else grid.cuh. FERA_BAND_VARIANT=cluster, strips or grid
-// asks for one; empty or auto leaves the choice here.
+// asks for one; empty or auto leaves the choice here. FERA_BAND_CLUSTER asks for the cluster variant with given
+// numbers.
 #include <cstdlib>
 #include <cstring>
 
@@ -18,7 +19,8 @@ const char* name_of(Variant v) { return v == Variant::cluster ? "cluster" : v ==
 
 const char* wished() {
   const char* value = std::getenv("FERA_BAND_VARIANT");
-  return value == nullptr || *value == 0 ? "auto" : value;
+  if (value != nullptr && *value != 0 && std::strcmp(value, "auto") != 0) return value;
+  return cluster_wish_given() ? "cluster" : "auto";
 }
 bool wishes(const char* name) { return std::strcmp(wished(), name) == 0; }
 
@@ -39,7 +41,12 @@ bool denied(const Source& source, Variant variant) {
 // A wish that cannot be granted is an error, never another kernel.
 fera_status check_wish(const char* op, const Source& source, Variant variant) {
   FERA_CHECK(op, known(), "FERA_BAND_VARIANT", "auto, cluster, strips or grid", wished());
-  FERA_CHECK(op, !denied(source, variant), "FERA_BAND_VARIANT",
+  FERA_CHECK(op, cluster_wish_known(), kClusterWish, "like blocks=8,threads=256,clusters=2,pairs=1,launches=2",
+             std::getenv(kClusterWish));
+  const bool denies = denied(source, variant);
+  FERA_CHECK(op, !(denies && cluster_wish_given() && wishes("cluster")), kClusterWish,
+             "one that this device, size, dtype, layout and these bands have", std::getenv(kClusterWish));
+  FERA_CHECK(op, !denies, "FERA_BAND_VARIANT",
              "auto or another variant for this device, size, dtype, layout and these bands", wished());
   return FERA_OK;
 }

@@ -60,18 +60,17 @@ __global__ void __launch_bounds__(kScaleThreads)
   if (at >= count) return;
   const double upstream = static_cast<double>(*grad);
   for (int64_t n = blockIdx.y; n < samples; n += gridDim.y) {
-    const double scale = factor[n] * upstream;
+    const Scale<Real> scale(factor[n] * upstream);
     if constexpr (Dense) {
       const Wide<T> in = *reinterpret_cast<const Wide<T>*>(gradient + n * count + at);
       Narrow<T> out;
 #pragma unroll
-      for (int i = 0; i < V; ++i) out.at[i] = narrow<T>(static_cast<Real>(in.at[i] * scale));
+      for (int i = 0; i < V; ++i) out.at[i] = narrow<T>(scale(in.at[i]));
       *reinterpret_cast<Narrow<T>*>(static_cast<T*>(dfera.data) + n * count + at) = out;
     } else {
       const int64_t row = at / w, plane = row / h;
       const int x = static_cast<int>(at - row * w), y = static_cast<int>(row - plane * h);
-      static_cast<T*>(dfera.data)[dfera.offset(n, plane, y, x)] =
-          narrow<T>(static_cast<Real>(gradient[n * count + at] * scale));
+      static_cast<T*>(dfera.data)[dfera.offset(n, plane, y, x)] = narrow<T>(scale(gradient[n * count + at]));
     }
   }
 }

@@ -7,6 +7,27 @@
 
 namespace test {
 
+// An environment variable for as long as it lives.
+class Forced {
+ public:
+  Forced(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
+  Forced(const Forced&) = delete;
+  Forced& operator=(const Forced&) = delete;
+  ~Forced() { unsetenv(name_); }
+
+ private:
+  const char* name_;
+};
+
+// Whether latents of the usual sizes take the cluster variant; not on older GPUs, nor where another one is forced.
+inline bool has_clusters(fera_device device) {
+  if (device == FERA_CPU) return false;
+  const fera_latent z{nullptr, FERA_F32, 4, 4, 64, 64, 4 * 64 * 64, 64 * 64, 64, 1};
+  fera_filters filters{};
+  filters.bands = 3;
+  return std::string(fera_band_variant(&z, &filters, device)) == "cluster";
+}
+
 using Spectrum = std::vector<std::complex<double>>;
 
 // Filters of random values at one size, on a device; the values are those of the dtype.

@@ -144,6 +144,57 @@ void usual_sizes(fera_device device) {
   done("band_energy usual sizes", device);
 }
 
+// Blocks, threads and clusters that are not what a latent of a size the reference can afford would take.
+void forced_clusters(fera_device device) {
+  if (!has_clusters(device)) return;
+  const struct {
+    const char* wish;
+    fera_dtype dtype;
+    int64_t n, p;
+    Size size;
+    int bands;
+  } cases[] = {
+      {"threads=512,clusters=3", FERA_F32, 2, 5, {64, 64}, 4},
+      {"threads=128,pairs=1", FERA_F32, 1, 4, {64, 64}, 3},
+      {"blocks=8", FERA_F32, 2, 3, {128, 128}, 3},
+      {"blocks=8,threads=512,pairs=2", FERA_BF16, 1, 5, {128, 128}, 4},
+      {"blocks=8,clusters=2,pairs=1", FERA_F32, 1, 6, {128, 128}, 3},
+      {"blocks=16,clusters=2,threads=512", FERA_F16, 1, 5, {128, 128}, 3},
+      {"blocks=1", FERA_F32, 2, 3, {128, 128}, 3},
+      {"blocks=1,threads=512", FERA_F16, 1, 1, {128, 128}, 16},
+      {"blocks=1", FERA_BF16, 3, 2, {128, 128}, 5},
+  };
+  int turn = 0;
+  for (const auto& c : cases) {
+    if (brief() && turn++ > 1) break;
+    const Forced forced("FERA_BAND_CLUSTER", c.wish);
+    check({device, c.dtype, c.n, c.p, c.size, c.bands, 0, Layout::contiguous, 1.0, 1e-8});
+  }
+  if (!brief())
+    for (const char* wish : {"blocks=8", "blocks=1"})
+      for (const double scale : {0.0, 1e18, 1e-30}) {
+        const Forced forced("FERA_BAND_CLUSTER", wish);
+        check({device, FERA_F32, 1, 3, {128, 128}, 3, 0, Layout::sliced, scale, 1e-8});
+      }
+  const Filters filters(device, FERA_F32, 3, 0, 64, 64);
+  const Latent z(device, FERA_F32, 1, 1, 64, 64, Layout::contiguous);
+  const Array e(device, FERA_F32, 3);
+  const fera_band_energy_args a{z.view, filters.view, 1e-8, e.data(), nullptr, nullptr};
+  for (const char* wish : {"blocks", "blocks=x", "block=8", "threads=100", "launches=3", "blocks=8;threads=256"}) {
+    const Forced forced("FERA_BAND_CLUSTER", wish);
+    expect_error(
+        FERA_RUN(band_energy, device, a), FERA_INVALID,
+        ("band_energy: FERA_BAND_CLUSTER must be like blocks=8,threads=256,clusters=2,pairs=1,launches=2, got " +
+         std::string(wish))
+            .c_str());
+  }
+  const Forced forced("FERA_BAND_CLUSTER", "blocks=16");
+  expect_error(FERA_RUN(band_energy, device, a), FERA_INVALID,
+               "band_energy: FERA_BAND_CLUSTER must be one that this device, size, dtype, layout and these bands have, "
+               "got blocks=16");
+  done("band_energy forced clusters", device);
+}
+
 // Separable filters of the usual sizes and of odd ones, with wide and narrow reaches.
 void usual_blurs(fera_device device) {
   const struct {
@@ -315,6 +366,7 @@ int main() {
   for (const fera_device device : devices()) {
     sizes(device);
     usual_sizes(device);
+    forced_clusters(device);
     usual_blurs(device);
     variant(device);
     ranges(device);
