@@ -297,8 +297,6 @@ fera_status launch_mean(const char* op, int64_t samples, const double* losses, f
   return launch_status(op);
 }
 
-const float* masks_of(const fera_filters& f) { return static_cast<const float*>(f.table); }
-
 }  // namespace
 
 bool cluster_takes(const Source& source, const fera_filters& filters, ClusterTask task) {

@@ -70,6 +70,9 @@ __device__ inline void write_partials(const Real (&sum)[kSums], int k0, int band
   __syncthreads();
 }
 
+// A table of spectral filters for latents of at most 32 bits.
+inline const float* masks_of(const fera_filters& f) { return static_cast<const float*>(f.table); }
+
 size_t energies_workspace(const Source& source, const fera_filters& filters);
 // loss: FECL's mean over the samples, where finish has losses; else NULL.
 fera_status launch_energies(const char* op, const Source& source, const fera_filters& filters,
@@ -82,7 +85,7 @@ size_t adjoint_workspace(const Source& source, const fera_filters& filters);
 fera_status launch_adjoint(const char* op, const Source& source, const fera_filters& filters, const Coefficients& from,
                            const View& dz, fera_dtype dz_dtype, const fera_context* context);
 
-// FECL's loss, the mean of finish.losses, and gradient in float32, divided by factor[n], in two launches;
+// FECL's loss, the mean of finish.losses, and gradient in float32, divided by factor[n], in at most two launches;
 // `done` says whether a variant does that. If not, nothing was launched: energies and adjoint do it.
 fera_status launch_fecl(const char* op, const Source& source, const fera_filters& filters, const Finish<float>& finish,
                         float* loss, const View& gradient, double* factor, const fera_context* context, bool* done);

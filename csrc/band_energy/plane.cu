@@ -66,8 +66,6 @@ const Kernels* find(const Source& s, int threads) {
   return found == std::end(kKernels) ? nullptr : found;
 }
 
-const float* masks_of(const fera_filters& f) { return static_cast<const float*>(f.table); }
-
 template <class... Parameters, class... Arguments>
 fera_status launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, const Kernels& k, bool cooperative,
                    const fera_context* context, Arguments&&... arguments) {

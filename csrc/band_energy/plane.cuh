@@ -49,6 +49,22 @@ struct PlaneWeights {
   }
 };
 
+// A butterfly in place of every block of the rows: their second forward, their first on the way back.
+template <class F>
+__device__ __forceinline__ void plane_row_blocks(float2* plane) {
+  constexpr int R = F::w2, B = F::w1;
+#pragma unroll 1
+  for (unsigned t = threadIdx.x; t < F::H * B; t += blockDim.x) {
+    float2* at = plane + t % F::H * F::pitch + t / F::H * F::step;
+    float2 a[R];
+#pragma unroll
+    for (int i = 0; i < R; ++i) a[i] = at[i];
+    dft<R>(a);
+#pragma unroll
+    for (int i = 0; i < R; ++i) at[i] = a[i];
+  }
+}
+
 // Global memory -> the columns after their first butterfly. The block is synchronised on entry and on return.
 template <class F>
 __device__ __forceinline__ void plane_forward(const Source& source, int64_t n, int pair, float2* plane) {
@@ -87,19 +103,7 @@ __device__ __forceinline__ void plane_forward(const Source& source, int64_t n, i
     }
   }
   __syncthreads();
-  {
-    constexpr int R = F::w2, B = F::w1;
-#pragma unroll 1
-    for (unsigned t = threadIdx.x; t < F::H * B; t += blockDim.x) {
-      float2* at = plane + t % F::H * F::pitch + t / F::H * F::step;
-      float2 a[R];
-#pragma unroll
-      for (int i = 0; i < R; ++i) a[i] = at[i];
-      dft<R>(a);
-#pragma unroll
-      for (int i = 0; i < R; ++i) at[i] = a[i];
-    }
-  }
+  plane_row_blocks<F>(plane);
   __syncthreads();
   {
     constexpr int R = F::h1, M = F::h2;
@@ -261,19 +265,7 @@ __global__ void __launch_bounds__(Threads, 1)
     }
   }
   __syncthreads();
-  {
-    constexpr int R = F::w2, B = F::w1;
-#pragma unroll 1
-    for (unsigned t = threadIdx.x; t < F::H * B; t += blockDim.x) {
-      float2* at = plane + t % F::H * F::pitch + t / F::H * F::step;
-      float2 a[R];
-#pragma unroll
-      for (int i = 0; i < R; ++i) a[i] = at[i];
-      dft<R>(a);
-#pragma unroll
-      for (int i = 0; i < R; ++i) at[i] = a[i];
-    }
-  }
+  plane_row_blocks<F>(plane);
   __syncthreads();
   constexpr int R = F::w1, M = F::w2;
   const int p = 2 * pair;

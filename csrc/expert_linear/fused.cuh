@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
       int before = -1;
       // One block of the ring: kFixed steps of 16 along k, or `steps` where that is 0. Not as a loop where it can be
       // helped: behind a branch the compiler puts a wait before a product.
-      auto multiply = [&](auto width, auto fixed, int steps, bool add) {
+      auto multiply = [&](auto width, auto fixed, bool add, int steps = 0) {
         constexpr int kWidth = decltype(width)::value, kFixed = decltype(fixed)::value;
         barrier_wait(full + stage * 8, parity);
         const uint32_t at = base + stage * Size::stage;
@@ -260,12 +260,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         const int blocks = shape.blocks[member];
         Factors<kInside> factors;
         if constexpr (kInside > 0) factors.load(shape.hidden[member], tile.row + half * 64 + place, shape.rows, lane);
-        for (int i = 0; i < blocks; ++i) multiply(Constant<kWhole>{}, Constant<4>{}, 4, i > 0 || member > tile.first);
+        for (int i = 0; i < blocks; ++i) multiply(Constant<kWhole>{}, Constant<4>{}, i > 0 || member > tile.first);
         if constexpr (kBeside > 0) {
-          multiply(Constant<kN>{}, Constant<kBeside / 16>{}, 0, true);
+          multiply(Constant<kN>{}, Constant<kBeside / 16>{}, true);
         } else if constexpr (kInside == 0) {
           for (int steps = shape.rank_steps[member]; steps > 0; steps -= 4)
-            multiply(Constant<kN>{}, Constant<0>{}, min(4, steps), true);
+            multiply(Constant<kN>{}, Constant<0>{}, true, min(4, steps));
         } else {
           products_wait<0>();
           pin(sum);
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
                          base + stage * Size::stage + half * 64 * 128, lane, tile.column == 0);
           publish_shared();
           warpgroup_meet(1 + half);
-          multiply(Constant<kN>{}, Constant<kInside / 16>{}, 0, true);
+          multiply(Constant<kN>{}, Constant<kInside / 16>{}, true);
         }
       }
       products_wait<0>();

@@ -120,7 +120,17 @@ __device__ inline void beside_rows(const Hidden& hidden, const Beside<T>& side, 
   Factors<kRank> factors;
   factors.load(hidden, row + place, rows, lane);
 
-  // Of the item's rows place + {0, 8} and ranks 8 n + column + {0, 1}, as an operand.
+  // f(upper, n, i) of each of a thread's accumulators: number 4 n + 2 upper + i, of the item's row place + 8 upper (or
+  // that column of dy or x) and rank 8 n + column + i.
+  const auto accumulators = [](auto f) {
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper)
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) f(upper, n, i);
+  };
+  // Two of them side by side, as an operand.
   const auto put = [&](int upper, int n, uint32_t pair) {
     const int r = place + upper * 8;
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared.u + r * 128 + ((n ^ r % 8) * 16) + lane % 4 * 4), "r"(pair)
@@ -130,15 +140,10 @@ __device__ inline void beside_rows(const Hidden& hidden, const Beside<T>& side, 
   if constexpr (kBack) {
     if (warp == 0 && lane == 0) wait_stores<0>();  // of the tile before, whose staging area U takes
     warpgroups_meet<kBoth>(kMeet);
-#pragma unroll
-    for (int upper = 0; upper < 2; ++upper)
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int t = row + place + upper * 8, q = n * 8 + column + i;
-          h[upper][n][i] = t < rows && q < stacked ? widen(side.h[static_cast<int64_t>(t) * stacked + q]) : 0.f;
-        }
+    accumulators([&](int upper, int n, int i) {
+      const int t = row + place + upper * 8, q = n * 8 + column + i;
+      h[upper][n][i] = t < rows && q < stacked ? widen(side.h[static_cast<int64_t>(t) * stacked + q]) : 0.f;
+    });
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper)
 #pragma unroll
@@ -174,16 +179,11 @@ __device__ inline void beside_rows(const Hidden& hidden, const Beside<T>& side, 
   };
   // To (tile of 128 rows, R, width).
   const auto write = [&](float* to, int width, int first) {
-#pragma unroll
-    for (int upper = 0; upper < 2; ++upper)
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int c = first + warp * 16 + lane / 4 + upper * 8, q = n * 8 + column + i;
-          if (c < width && q < stacked && row < rows)
-            to[(static_cast<int64_t>(row / kFusedRows) * stacked + q) * width + c] = part[n * 4 + upper * 2 + i];
-        }
+    accumulators([&](int upper, int n, int i) {
+      const int c = first + warp * 16 + lane / 4 + upper * 8, q = n * 8 + column + i;
+      if (c < width && q < stacked && row < rows)
+        to[(static_cast<int64_t>(row / kFusedRows) * stacked + q) * width + c] = part[n * 4 + upper * 2 + i];
+    });
   };
 
   for (int i = 0; i < pairs_of(blocks); ++i) {

@@ -1,4 +1,4 @@
-// What the hosts of the skinny products and of the fused sums share: device arguments from a call's.
+// What the hosts of the skinny and of the fused products share: device arguments from a call's.
 #pragma once
 
 #include "expert_linear/operands.h"

@@ -19,6 +19,15 @@ class Forced {
   const char* name_;
 };
 
+// Checks each case under a plan that FERA_BAND_CLUSTER asks for; in brief runs the first few.
+template <class Case>
+void check_plans(const std::vector<std::pair<const char*, Case>>& cases, size_t in_brief, void (*check)(const Case&)) {
+  for (size_t i = 0; i < (brief() ? std::min(in_brief, cases.size()) : cases.size()); ++i) {
+    const Forced forced("FERA_BAND_CLUSTER", cases[i].first);
+    check(cases[i].second);
+  }
+}
+
 // Whether latents of the usual sizes take the cluster variant; not on older GPUs, nor where another one is forced.
 inline bool has_clusters(fera_device device) {
   if (device == FERA_CPU) return false;

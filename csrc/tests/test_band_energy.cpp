@@ -147,29 +147,20 @@ void usual_sizes(fera_device device) {
 // Blocks, threads and clusters that are not what a latent of a size the reference can afford would take.
 void forced_clusters(fera_device device) {
   if (!has_clusters(device)) return;
-  const struct {
-    const char* wish;
-    fera_dtype dtype;
-    int64_t n, p;
-    Size size;
-    int bands;
-  } cases[] = {
-      {"threads=512,clusters=3", FERA_F32, 2, 5, {64, 64}, 4},
-      {"threads=128,pairs=1", FERA_F32, 1, 4, {64, 64}, 3},
-      {"blocks=8", FERA_F32, 2, 3, {128, 128}, 3},
-      {"blocks=8,threads=512,pairs=2", FERA_BF16, 1, 5, {128, 128}, 4},
-      {"blocks=8,clusters=2,pairs=1", FERA_F32, 1, 6, {128, 128}, 3},
-      {"blocks=16,clusters=2,threads=512", FERA_F16, 1, 5, {128, 128}, 3},
-      {"blocks=1", FERA_F32, 2, 3, {128, 128}, 3},
-      {"blocks=1,threads=512", FERA_F16, 1, 1, {128, 128}, 16},
-      {"blocks=1", FERA_BF16, 3, 2, {128, 128}, 5},
-  };
-  int turn = 0;
-  for (const auto& c : cases) {
-    if (brief() && turn++ > 1) break;
-    const Forced forced("FERA_BAND_CLUSTER", c.wish);
-    check({device, c.dtype, c.n, c.p, c.size, c.bands, 0, Layout::contiguous, 1.0, 1e-8});
-  }
+  const Layout plain = Layout::contiguous;
+  check_plans<Case>(
+      {
+          {"threads=512,clusters=3", {device, FERA_F32, 2, 5, {64, 64}, 4, 0, plain, 1.0, 1e-8}},
+          {"threads=128,pairs=1", {device, FERA_F32, 1, 4, {64, 64}, 3, 0, plain, 1.0, 1e-8}},
+          {"blocks=8", {device, FERA_F32, 2, 3, {128, 128}, 3, 0, plain, 1.0, 1e-8}},
+          {"blocks=8,threads=512,pairs=2", {device, FERA_BF16, 1, 5, {128, 128}, 4, 0, plain, 1.0, 1e-8}},
+          {"blocks=8,clusters=2,pairs=1", {device, FERA_F32, 1, 6, {128, 128}, 3, 0, plain, 1.0, 1e-8}},
+          {"blocks=16,clusters=2,threads=512", {device, FERA_F16, 1, 5, {128, 128}, 3, 0, plain, 1.0, 1e-8}},
+          {"blocks=1", {device, FERA_F32, 2, 3, {128, 128}, 3, 0, plain, 1.0, 1e-8}},
+          {"blocks=1,threads=512", {device, FERA_F16, 1, 1, {128, 128}, 16, 0, plain, 1.0, 1e-8}},
+          {"blocks=1", {device, FERA_BF16, 3, 2, {128, 128}, 5, 0, plain, 1.0, 1e-8}},
+      },
+      2, check);
   if (!brief())
     for (const char* wish : {"blocks=8", "blocks=1"})
       for (const double scale : {0.0, 1e18, 1e-30}) {

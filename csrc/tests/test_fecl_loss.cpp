@@ -173,32 +173,21 @@ void usual_sizes(fera_device device) {
 // afford would take.
 void forced_clusters(fera_device device) {
   if (!has_clusters(device)) return;
-  const struct {
-    const char* wish;
-    fera_dtype dtype;
-    int64_t n, p;
-    Size size;
-    int bands;
-    double scale;
-    bool same_base;
-  } cases[] = {
-      {"clusters=3,launches=1", FERA_F32, 3, 5, {64, 64}, 3, 1, false},
-      {"launches=2", FERA_F32, 3, 5, {64, 64}, 3, 1, false},
-      {"threads=512,clusters=2,launches=2", FERA_F16, 2, 3, {64, 64}, 5, 1, false},
-      {"clusters=2,launches=1", FERA_F32, 2, 4, {64, 64}, 3, 1, true},
-      {"blocks=8,launches=1", FERA_F32, 2, 3, {128, 128}, 3, 1, false},
-      {"blocks=8,launches=2", FERA_F32, 2, 3, {128, 128}, 3, 1, false},
-      {"blocks=8,clusters=2,threads=512,launches=1", FERA_BF16, 1, 7, {128, 128}, 3, 1, false},
-      {"blocks=8,clusters=3,launches=1", FERA_F32, 1, 5, {128, 128}, 4, 1e18, false},
-      {"blocks=16,clusters=2,launches=1", FERA_F32, 2, 3, {128, 128}, 3, 1, false},
-      {"blocks=16,pairs=1,launches=2", FERA_F32, 1, 6, {128, 128}, 3, 1, false},
-  };
-  int turn = 0;
-  for (const auto& c : cases) {
-    if (brief() && turn++ > 2) break;
-    const Forced forced("FERA_BAND_CLUSTER", c.wish);
-    check({device, c.dtype, c.n, c.p, c.size, c.bands, 0, Layout::contiguous, c.scale, c.same_base});
-  }
+  const Layout plain = Layout::contiguous;
+  check_plans<Case>(
+      {
+          {"clusters=3,launches=1", {device, FERA_F32, 3, 5, {64, 64}, 3, 0, plain, 1, false}},
+          {"launches=2", {device, FERA_F32, 3, 5, {64, 64}, 3, 0, plain, 1, false}},
+          {"threads=512,clusters=2,launches=2", {device, FERA_F16, 2, 3, {64, 64}, 5, 0, plain, 1, false}},
+          {"clusters=2,launches=1", {device, FERA_F32, 2, 4, {64, 64}, 3, 0, plain, 1, true}},
+          {"blocks=8,launches=1", {device, FERA_F32, 2, 3, {128, 128}, 3, 0, plain, 1, false}},
+          {"blocks=8,launches=2", {device, FERA_F32, 2, 3, {128, 128}, 3, 0, plain, 1, false}},
+          {"blocks=8,clusters=2,threads=512,launches=1", {device, FERA_BF16, 1, 7, {128, 128}, 3, 0, plain, 1, false}},
+          {"blocks=8,clusters=3,launches=1", {device, FERA_F32, 1, 5, {128, 128}, 4, 0, plain, 1e18, false}},
+          {"blocks=16,clusters=2,launches=1", {device, FERA_F32, 2, 3, {128, 128}, 3, 0, plain, 1, false}},
+          {"blocks=16,pairs=1,launches=2", {device, FERA_F32, 1, 6, {128, 128}, 3, 0, plain, 1, false}},
+      },
+      3, check);
   // Spectra of 16 planes: several clusters a sample.
   if (!brief()) check({device, FERA_F32, 2, 16, {128, 128}, 3, 0, Layout::contiguous, 1});
   done("fecl_loss forced clusters", device);
