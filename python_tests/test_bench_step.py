@@ -108,20 +108,21 @@ def test_all_train_as_many_low_rank_numbers() -> None:
     assert counts["fera"] - counts["peft"] == 64 * 3 + 64 + 3 * 64 + 3  # the router
 
 
-@pytest.mark.parametrize("name", ["peft", "peft-bf16", "fera", "fera-bf16"])
+@pytest.mark.parametrize("name", ["peft", "peft-bf16", "peft-tensors", "fera", "fera-bf16"])
 def test_dtypes_of_what_is_trained(name: str) -> None:
     """Adapters, gradients and optimiser states; FeRA's router is float32 in any case."""
     if name.startswith("peft"):
         pytest.importorskip("peft", reason="needs peft")
     model, batch = model_and_batch("tiny-sd15", torch.bfloat16)
-    low = name.endswith("bf16")
+    low = name.endswith(("bf16", "tensors"))
     with attached(name, model, batch, 3, 4) as trainee:
         call = step_measure.step_call(name, trainee, model)
         losses = [float(call()) for _ in range(8)]
         assert losses[-1] < losses[0]
-        assert trainee.flat
-        sizes = {p.dtype: p.numel() for p in trainee.flat.parameters()}
-        grads = {p.grad.dtype for p in trainee.flat.parameters() if p.grad is not None}
+        assert (trainee.flat is None) == (name == "peft-tensors")
+        parameters = trainee.flat.parameters() if trainee.flat else trainee.parameters
+        sizes = {p.dtype: p.numel() for p in parameters}
+        grads = {p.grad.dtype for p in parameters if p.grad is not None}
     want = {torch.bfloat16 if low else torch.float32}
     assert set(sizes) == grads == (want | {torch.float32} if name == "fera-bf16" else want)
     assert max(sizes, key=lambda dtype: sizes[dtype]) == (torch.bfloat16 if low else torch.float32)

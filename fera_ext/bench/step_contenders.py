@@ -5,7 +5,8 @@ A contender is attached to the shared frozen model, gives the loss of one batch,
 dtypes: the frozen model and its inputs are in the run's dtype. PEFT's adapters are float32 under autocast, what PEFT
 makes of 16-bit models by default and what mixed precision asks for; ``peft-bf16`` are adapters in the model's dtype
 without autocast. The operators take float32 adapters with 16-bit inputs, so FeRA needs no autocast; ``fera-autocast``
-runs under it all the same, as a trainer built on accelerate does. ``fera-bf16`` holds its adapters in the model's dtype
+runs under it all the same, as a trainer built on accelerate does. ``peft-tensors`` is ``peft-bf16`` as
+diffusers' scripts train it: clipped and updated tensor by tensor. ``fera-bf16`` holds its adapters in the model's dtype
 as ``peft-bf16`` does, with gradients and AdamW's states of that dtype; its router stays float32. The published pattern
 casts its float32 adapters at each call.
 """
@@ -49,10 +50,11 @@ class Trainee:
 
     Attributes:
         parameters: what is trained.
-        flat: the same as a few tensors, which are what is clipped and updated, of every contender alike.
+        flat: the same as a few tensors, which are what is clipped and updated; of every contender with ``flatten``.
     """
 
     flat: FlatParameters | None = None
+    flatten = True
     capturable = compilable = True
 
     def __init__(self, model: nn.Module, batch: Batch, experts: int, rank: int) -> None:
@@ -132,6 +134,12 @@ class Peft16(Peft):
     """The same with adapters in the model's dtype, without autocast."""
 
     cast = False
+
+
+class PeftTensors(Peft16):
+    """That, clipped and updated tensor by tensor."""
+
+    flatten = False
 
 
 def _autocast(batch: Batch) -> AbstractContextManager[Any]:
@@ -278,6 +286,7 @@ CONTENDERS: dict[str, Callable[..., Trainee]] = {
     "frozen": Frozen,
     "peft": Peft,
     "peft-bf16": Peft16,
+    "peft-tensors": PeftTensors,
     "published": Published,
     "published+fecl": PublishedFecl,
     "fera": Fera,
@@ -308,7 +317,7 @@ def attached(name: str, model: nn.Module, batch: Batch, experts: int, rank: int)
     torch.manual_seed(0)
     trainee = CONTENDERS[name](model, batch, experts, rank)
     try:
-        if trainee.parameters:
+        if trainee.parameters and trainee.flatten:
             trainee.flat = FlatParameters(trainee.parameters)
         yield trainee
     finally:

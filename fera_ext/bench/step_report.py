@@ -25,6 +25,7 @@ NAMES = {
     "forward": "#999999",
     "peft": COLOURS["peft"],
     "peft-bf16": VARIANT_COLOURS[5],
+    "peft-tensors": "#8c6d4f",
     "published": COLOURS["published"],
     "published+fecl": VARIANT_COLOURS[3],
     "fera": COLOURS["fera_ext"],
