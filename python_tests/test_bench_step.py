@@ -264,6 +264,36 @@ def test_a_failure_costs_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["ok"]
 
 
+def test_a_lost_device_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: Any) -> Any:
+        monkeypatch.setattr(step.runner, "device_is_lost", lambda device: True)
+        monkeypatch.setattr(step_measure, "free", lambda timer: 1 / 0)  # would raise the device's error again
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(step_contenders.Peft16, "loss", crash)
+    found = step.measure_all(options(contenders="frozen,peft-bf16,fera"))
+    assert [bool(r["ms"]) for r in found["rows"]] == [True, False]
+    assert found["rows"][1]["note"] == "failed: RuntimeError: an illegal memory access"
+    assert not found["ok"]
+    assert "the device is lost after peft-bf16: failed: RuntimeError" in found["failed"][0]["error"]
+
+
+def test_attention_is_chosen() -> None:
+    seen = []
+
+    def denoise(*_: Any) -> None:
+        seen.append((torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()))
+
+    with step._settings(options(attention="flash")):
+        denoise()
+    with step._settings(options()):
+        denoise()
+    assert seen == [(True, False), (True, True)]
+    result = bench("step", "--attention", "paged")
+    assert result.exit_code == 1
+    assert "attention must be one of flash, efficient, math, cudnn, got 'paged'" in result.stderr
+
+
 def test_a_wrong_first_loss_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
     predict = step_contenders.Fera.predict
     monkeypatch.setattr(step_contenders.Fera, "predict", lambda self, denoise: 1.5 * predict(self, denoise))

@@ -13,7 +13,7 @@ BAND_VARIANTS, LINEAR_VARIANTS = (", ".join(variants(name)[1]) for name in ("ban
 NAMES = OPERATORS | WHOLE
 LISTED = "; ".join(f"{name}: {what}" for name, what in NAMES.items())
 ROUNDS = 20
-OF_A_STEP = ("models", "batch", "contenders", "modes", "sampling")
+OF_A_STEP = ("models", "batch", "contenders", "modes", "attention", "sampling")
 
 
 def bench(
@@ -74,12 +74,18 @@ def bench(
         Optional[str],  # noqa: UP045
         typer.Option(
             help="Step alone: of forward, frozen, peft, peft-bf16, published, fera, fera-bf16, fera+fecl (the "
-            "default), published+fecl, fera-autocast."
+            "default), published+fecl, fera-autocast, peft-tensors."
         ),
     ] = None,
     modes: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Step alone: of eager, graph, compiled; by default eager,graph, on a CPU eager."),
+    ] = None,
+    attention: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Step alone: which of torch's flash, efficient, math, cudnn may serve attention; default all."
+        ),
     ] = None,
     sampling: Annotated[
         bool, typer.Option("--sampling", help="Step alone: sampling loops too, as --passes step,sampling.")
@@ -156,6 +162,7 @@ def bench(
         "batch": batch,
         "contenders": contenders,
         "modes": modes,
+        "attention": attention,
         "sampling": sampling,
         "rounds": rounds,
         "quick": quick,

@@ -147,10 +147,10 @@ class Run:
                 self._absent(rows, f"the run's {self.options.budget:g} s were over (--budget)")
                 continue
             self._contender(case, name, model, batch, frozen_loss, rows)
+            if runner.device_is_lost(self.options.device):
+                raise RuntimeError(f"the device is lost after {name}: {rows[0]['note'] or 'no error was seen'}")
             step_measure.free(self.timer)
             self.keep()
-            if self.failed and runner.device_is_lost(self.options.device):
-                return
         self._again(case, model, batch)
 
     def _over(self) -> bool:
@@ -175,6 +175,8 @@ class Run:
                         self._mode(case, trainee, row)
                     except Exception as error:
                         self._fail(case, [row], error)
+                        if runner.device_is_lost(self.options.device):
+                            break
                     step_measure.without_gradients(trainee)
                     step_measure.free(self.timer)
         except Absence as why:
@@ -282,9 +284,13 @@ def _fine(row: Row, limit: float) -> bool:
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
-    """Quick collections of garbage, and no warnings of what is meant to be."""
-    with warnings.catch_warnings():
+def _settings(options: StepOptions) -> Iterator[None]:
+    """Quick collections of garbage, no warnings of what is meant to be, and the attention asked for."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    names = {"efficient": "EFFICIENT_ATTENTION", "flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION"}
+    chosen = [getattr(SDPBackend, names.get(name, name.upper())) for name in options.attention]
+    with warnings.catch_warnings(), sdpa_kernel(chosen) if chosen else nullcontext():
         # An optimiser that a graph will hold says so when it runs outside of one.
         warnings.filterwarnings("ignore", message=".*capturable=True.*")
         gc.collect()
@@ -331,7 +337,7 @@ def measure_all(options: StepOptions, console: Any = None, keep: Callable[[Resul
     if console is not None:
         console.print(f"step: {len(planned)} cases of up to {len(options.contenders)} contenders")
     stream = run.timer.stream_context() if run.timer else nullcontext()
-    with _settings(), stream, runner.status(console) as tell:
+    with _settings(options), stream, runner.status(console) as tell:
         if run.timer:
             run.timer.touch()
         try:
@@ -340,9 +346,9 @@ def measure_all(options: StepOptions, console: Any = None, keep: Callable[[Resul
                     run.measure(case, tell)
                 except Exception as error:
                     run.failed.append(runner.crash(case.words, error))
-                    step_measure.free(run.timer)
                     if runner.device_is_lost(options.device):
-                        break
+                        return result()
+                    step_measure.free(run.timer)
                 if keep:
                     keep(result())
         except KeyboardInterrupt:
@@ -360,6 +366,7 @@ def settings(options: StepOptions, compile_seconds: float) -> dict[str, Any]:
         "variant": os.environ.get("FERA_EXPERT_VARIANT") or "auto",
         "modes": list(options.modes),
         "contenders": list(options.contenders),
+        "attention": list(options.attention),
         "rounds": options.rounds,
         "learning_rate": step_measure.LEARNING_RATE,
         "clip": step_measure.CLIP,

@@ -16,6 +16,7 @@ from fera_ext.bench.step_models import CLASSES, CONFIGS, MODELS, TINY_MODELS, fa
 
 PASSES = ("step", "sampling")
 MODES = ("eager", "graph", "compiled")
+ATTENTION = ("flash", "efficient", "math", "cudnn")
 ROUNDS, QUICK_ROUNDS = 8, 4
 
 
@@ -27,6 +28,7 @@ class StepOptions:
         compile_seconds: once torch.compile has used them, later contenders go without it.
         budget: seconds for the run: compiling goes first, then whatever comes last. None: no limit.
         sampling_steps: of a sampling loop.
+        attention: the backends that may serve ``scaled_dot_product_attention``; none: as torch chooses.
     """
 
     device: torch.device
@@ -41,6 +43,7 @@ class StepOptions:
     compile_seconds: float = math.inf
     budget: float | None = None
     sampling_steps: int = SAMPLING_STEPS
+    attention: tuple[str, ...] = ()
 
     @staticmethod
     def parse(
@@ -50,6 +53,7 @@ class StepOptions:
         experts: str | None = None,
         contenders: str | None = None,
         modes: str | None = None,
+        attention: str | None = None,
         passes: str | None = None,
         sampling: bool = False,
         dtype: str | None = None,
@@ -96,6 +100,7 @@ class StepOptions:
             rounds or (QUICK_ROUNDS if quick else ROUNDS),
             compile_seconds,
             budget,
+            attention=_several("attention", attention, ATTENTION) if attention else (),
         )
 
 
