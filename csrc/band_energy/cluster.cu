@@ -168,7 +168,8 @@ struct Choice {
 };
 
 // The kernels of this size, the same for every task: what one keeps another reads. Fewer blocks a cluster where as many
-// clusters as there are planes fill the machine even so: the exchanges are of larger parcels and meet fewer blocks.
+// clusters as there are planes fill the machine even so, or FECL, whose clusters hold more at once, seven eighths of
+// it: the exchanges are of larger parcels and meet fewer blocks.
 const Kernels* kernels_of(const Source& s, int bands, int blocks, Limits* limits) {
   const Kernels* best = nullptr;
   for (const Kernels& k : kKernels) {
@@ -178,7 +179,7 @@ const Kernels* kernels_of(const Source& s, int bands, int blocks, Limits* limits
     one.pairs_at_once = 1;
     if (of.shared == 0 || k.shared_bytes(one, s.signals, bands, kFewThreads) > of.shared) continue;
     const int fewer = best == nullptr ? k.size : std::min(k.size, best->size);
-    const bool many = s.n * s.pairs() * s.signals * fewer > kMultiprocessors;
+    const bool many = 8 * s.n * s.pairs() * s.signals * fewer > (s.signals == 2 ? 7 : 8) * kMultiprocessors;
     if (best != nullptr && many != (k.size < best->size)) continue;
     best = &k;
     *limits = of;
@@ -258,11 +259,11 @@ bool choose(const Source& s, const fera_filters& f, ClusterTask task, Choice* ch
 }
 
 // Whether a block takes a plane.
-bool takes_planes(const Source& s, const fera_filters& f, ClusterTask task) {
+bool takes_planes(const Source& s, const fera_filters& f) {
   const Wish wanted = wish();
   const bool open = wanted.blocks == 0 && wanted.clusters == 0 && wanted.pairs == 0;
-  return task != ClusterTask::fecl && wanted.known && (open || wanted.blocks == 1) &&
-         plane_takes(s, f, !open, wanted.threads);
+  if (!wanted.known || !(open || wanted.blocks == 1) || !plane_takes(s, f, !open, wanted.threads)) return false;
+  return wanted.launches != 1 || s.signals == 1 || plane_fecl_fits(s, wanted.threads);
 }
 
 // (N, clusters, signals, K+1), with several clusters a sample.
@@ -288,31 +289,32 @@ fera_status launch(const char* op, void (*kernel)(Parameters...), const Choice& 
 }
 
 __global__ void __launch_bounds__(32) cluster_mean(int64_t samples, const double* losses, float* loss) {
+  wait_for_previous();
   mean_of_losses(samples, losses, loss);
 }
 
 fera_status launch_mean(const char* op, int64_t samples, const double* losses, float* loss,
                         const fera_context* context) {
-  cluster_mean<<<1, 32, 0, stream_of(context)>>>(samples, losses, loss);
-  return launch_status(op);
+  return launch_early(op, cluster_mean, dim3(1), 32, stream_of(context), samples, losses, loss);
 }
 
 }  // namespace
 
 bool cluster_takes(const Source& source, const fera_filters& filters, ClusterTask task) {
   Choice choice;
-  return takes_planes(source, filters, task) || choose(source, filters, task, &choice);
+  return takes_planes(source, filters) || choose(source, filters, task, &choice);
 }
 
 size_t cluster_workspace(const Source& source, const fera_filters& filters) {
   if (source.n <= 0) return 0;
-  if (takes_planes(source, filters, ClusterTask::energies)) return plane_workspace(source, filters);
+  if (takes_planes(source, filters)) return plane_workspace(source, filters);
   return partial_bytes(source, filters, source.pairs());
 }
 
 size_t cluster_fecl_workspace(const Source& source, const fera_filters& filters) {
   Choice choice;
-  if (choose(source, filters, ClusterTask::fecl, &choice)) return cluster_workspace(source, filters);
+  if (takes_planes(source, filters) || choose(source, filters, ClusterTask::fecl, &choice))
+    return cluster_workspace(source, filters);
   if (!choose(source, filters, ClusterTask::energies, &choice)) return 0;
   return cluster_workspace(source, filters) +
          align256(sizeof(float2) * choice.kernels->kept * source.n * source.signals * source.pairs());
@@ -326,8 +328,8 @@ bool cluster_wish_known() { return wish().known; }
 
 fera_status cluster_energies_launch(const char* op, const Source& source, const fera_filters& filters,
                                     const Finish<float>& finish, float* loss, const fera_context* context) {
-  if (takes_planes(source, filters, ClusterTask::energies))
-    return plane_energies_launch(op, source, filters, finish, wish().threads, context);
+  if (takes_planes(source, filters))
+    return plane_energies_launch(op, source, filters, finish, loss, wish().threads, context);
   Choice choice;
   if (!choose(source, filters, ClusterTask::energies, &choice)) return FERA_UNSUPPORTED;
   double* const partial = static_cast<double*>(context->workspace);
@@ -339,7 +341,7 @@ fera_status cluster_energies_launch(const char* op, const Source& source, const 
 
 fera_status cluster_adjoint_launch(const char* op, const Source& source, const fera_filters& filters,
                                    const Coefficients& from, const Output& dz, const fera_context* context) {
-  if (takes_planes(source, filters, ClusterTask::adjoint))
+  if (takes_planes(source, filters))
     return plane_adjoint_launch(op, source, filters, from, dz, wish().threads, context);
   Choice choice;
   if (!choose(source, filters, ClusterTask::adjoint, &choice)) return FERA_UNSUPPORTED;
@@ -351,6 +353,11 @@ fera_status cluster_adjoint_launch(const char* op, const Source& source, const f
 fera_status cluster_fecl_launch(const char* op, const Source& source, const fera_filters& filters,
                                 const Finish<float>& finish, float* loss, const View& gradient, double* factor,
                                 const fera_context* context) {
+  if (takes_planes(source, filters)) {
+    const Wish wanted = wish();
+    const int launches = wanted.launches != 0 ? wanted.launches : plane_fecl_fits(source, wanted.threads) ? 1 : 2;
+    return plane_fecl_launch(op, source, filters, finish, loss, gradient, factor, wanted.threads, launches, context);
+  }
   Choice choice;
   const int bands = filters.bands;
   double* const partial = static_cast<double*>(context->workspace);

@@ -287,6 +287,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     // The rows of every block are free: it sent them before it received its columns; or, where these were kept, it has
     // started, or read the last chunk's.
     if (to.kept != nullptr) cluster_wait();
+    if (first + plan.pairs_at_once >= end) let_next_start();
     cluster_send_parcels<F, F::back_parcel>(c, c.shared.columns, F::column_plane, c.shared.rows, F::row_plane, here);
     cluster_arrive();
     cluster_wait();

@@ -2,7 +2,7 @@
 // copies, and the mean that ends FECL. sm_90 and newer, but for the copies.
 #pragma once
 
-#include "common/cuda_common.cuh"
+#include "common/cuda_overlap.cuh"
 
 namespace fera::cuda {
 
@@ -21,6 +21,15 @@ __device__ __forceinline__ void store_remote(uint32_t address, float4 v) {
 }
 __device__ __forceinline__ void store_remote(uint32_t address, double v) {
   asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(address), "d"(v) : "memory");
+}
+// Element i from there on.
+__device__ __forceinline__ float2 load_remote(uint32_t address, unsigned i) {
+  float2 v;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
+               : "=f"(v.x), "=f"(v.y)
+               : "r"(address + i * static_cast<unsigned>(sizeof(float2)))
+               : "memory");
+  return v;
 }
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

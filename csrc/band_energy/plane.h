@@ -12,9 +12,18 @@ bool plane_takes(const Source& source, const fera_filters& filters, bool wished,
 
 size_t plane_workspace(const Source& source, const fera_filters& filters);
 
+// Of two signals the losses, and in a second launch their mean to `loss`.
 fera_status plane_energies_launch(const char* op, const Source& source, const fera_filters& filters,
-                                  const Finish<float>& finish, int threads, const fera_context* context);
+                                  const Finish<float>& finish, float* loss, int threads, const fera_context* context);
+// Of one signal.
 fera_status plane_adjoint_launch(const char* op, const Source& source, const fera_filters& filters,
                                  const Coefficients& from, const Output& dz, int threads, const fera_context* context);
+
+// Whether FECL's planes all run side by side, so that one launch can make loss and gradient.
+bool plane_fecl_fits(const Source& source, int threads);
+// The loss, and its gradient divided by factor[n], in one launch (only where they fit) or two.
+fera_status plane_fecl_launch(const char* op, const Source& source, const fera_filters& filters,
+                              const Finish<float>& finish, float* loss, const View& gradient, double* factor,
+                              int threads, int launches, const fera_context* context);
 
 }  // namespace fera::cuda

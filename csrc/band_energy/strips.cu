@@ -223,6 +223,7 @@ fera_status launch(const char* op, void (*kernel)(Parameters...), const Choice& 
 }
 
 __global__ void __launch_bounds__(32) strips_mean(int64_t samples, const double* losses, float* loss) {
+  wait_for_previous();
   mean_of_losses(samples, losses, loss);
 }
 
@@ -267,8 +268,7 @@ fera_status strips_energies_launch(const char* op, const Source& source, const f
   const Layout layout = lay_out(source, choice.plan, true, false, context->workspace);
   FERA_RETURN_IF_ERROR(run_energies(op, choice, layout, source, finish, context));
   if (loss == nullptr) return FERA_OK;
-  strips_mean<<<1, 32, 0, stream_of(context)>>>(source.n, finish.losses, loss);
-  return launch_status(op);
+  return launch_early(op, strips_mean, dim3(1), 32, stream_of(context), source.n, finish.losses, loss);
 }
 
 fera_status strips_adjoint_launch(const char* op, const Source& source, const fera_filters& filters,

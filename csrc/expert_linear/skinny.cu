@@ -21,15 +21,6 @@ struct Machine {
   bool overlap = false;                                 // a kernel may start before the one before it has ended
 };
 
-// Whether the code that runs on the device has the instructions to wait for the kernel before: code for older ones,
-// compiled for the device by its driver, has not.
-bool compiled_to_wait() {
-  cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, finish<Bfloat, 16, false>) == cudaSuccess) return attributes.ptxVersion >= 90;
-  cudaGetLastError();
-  return false;
-}
-
 // Asked once a device.
 Machine machine() {
   static std::atomic<int64_t> known[kMaxDevices];
@@ -48,7 +39,7 @@ Machine machine() {
       cudaGetLastError();
       return {};
     }
-    const bool overlap = major >= 9 && overlap_wished() && compiled_to_wait();
+    const bool overlap = overlap_wished() && waits(finish<Bfloat, 16, false>);
     value = static_cast<int64_t>(sm) << 40 | static_cast<int64_t>(shared) << 10 | (overlap ? 256 : 0) |
             (major * 10 + minor);
     known[device].store(value, std::memory_order_relaxed);

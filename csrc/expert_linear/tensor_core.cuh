@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/cuda_common.cuh"
+#include "common/cuda_overlap.cuh"
 
 namespace fera::cuda {
 
@@ -81,19 +81,6 @@ __device__ inline uint32_t piece(int row, int granule) {
   static_assert(Granules == 4 || Granules == 8, "a row is 64 or 128 bytes");
   const int turn = Granules == 8 ? row % 8 : row / 2 % 4;
   return static_cast<uint32_t>((row * Granules + (granule ^ turn)) * 16);
-}
-
-// Kernels of one call overlap where the device can: the next kernel may start once every block has let it, and
-// waits before it reads what this one wrote. A kernel that has ended has waited, so those before it have ended too.
-__device__ inline void let_next_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ inline void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 }  // namespace fera::cuda

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "band_energy/energies.cuh"
+#include "common/cuda_overlap.cuh"
 #include "fecl/fecl.h"
 
 namespace fera {
@@ -57,6 +58,7 @@ __global__ void __launch_bounds__(kScaleThreads)
   using Real = Compute<T>;
   constexpr int V = Dense ? kVector<T> : 1;
   const int64_t count = planes * h * w, at = (static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x) * V;
+  wait_for_previous();
   if (at >= count) return;
   const double upstream = static_cast<double>(*grad);
   for (int64_t n = blockIdx.y; n < samples; n += gridDim.y) {
@@ -92,13 +94,9 @@ fera_status launch_scale(const fera_fecl_loss_backward_args& a, cudaStream_t str
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(threads, kScaleThreads)),
                   static_cast<unsigned>(std::min<int64_t>(z.n, 4096)));
   const Real *gradient = static_cast<const Real*>(a.gradient), *grad = static_cast<const Real*>(a.grad);
-  if (dense)
-    fecl_scale<T, true><<<grid, kScaleThreads, 0, stream>>>(gradient, a.factor, grad, view_of(z), z.n, z.p,
-                                                            static_cast<int>(z.h), static_cast<int>(z.w));
-  else
-    fecl_scale<T, false><<<grid, kScaleThreads, 0, stream>>>(gradient, a.factor, grad, view_of(z), z.n, z.p,
-                                                             static_cast<int>(z.h), static_cast<int>(z.w));
-  return launch_status("fecl_loss_backward");
+  return launch_early("fecl_loss_backward", dense ? fecl_scale<T, true> : fecl_scale<T, false>, grid, kScaleThreads,
+                      stream, gradient, a.factor, grad, view_of(z), z.n, z.p, static_cast<int>(z.h),
+                      static_cast<int>(z.w));
 }
 
 }  // namespace

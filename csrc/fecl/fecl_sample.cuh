@@ -10,21 +10,25 @@ __device__ inline double fecl_sample_warp(const double* d2, const double* r2, in
                                           double* coefficients) {
   const int k = threadIdx.x % 32;
   const bool band = k < bands;
-  auto total = [](double v) {
-#pragma unroll 1
-    for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-    return v;
-  };
   const double mine_d2 = k <= bands ? d2[k] : 0, mine_r2 = k <= bands ? r2[k] : 0;
   const double dk = sqrt(mine_d2), rk = sqrt(mine_r2);
   const double d = __shfl_sync(0xffffffffu, dk, bands), r = __shfl_sync(0xffffffffu, rk, bands);
-  const double bands_sum = total(band ? mine_r2 : 0.0) + eps;
+  double bands_sum = band ? mine_r2 : 0.0;
+#pragma unroll 1
+  for (int offset = 16; offset > 0; offset /= 2) bands_sum += __shfl_xor_sync(0xffffffffu, bands_sum, offset);
+  bands_sum += eps;
   auto inverse = [](double v) { return v > 0 || v != v ? 1 / v : 0; };
   const double inverse_sum = inverse(bands_sum), inverse_d = inverse(d + eps), inverse_r = inverse(r + eps);
   const double gap = dk * inverse_d - rk * inverse_r, pull = band ? mine_r2 * inverse_sum * gap : 0;
-  const double loss = total(pull * gap);
+  // Three sums at a time: a shuffle waits as long for one as for three.
+  double loss = pull * gap, whole_d = -pull * dk, whole_r = pull * rk;
+#pragma unroll 1
+  for (int offset = 16; offset > 0; offset /= 2) {
+    loss += __shfl_xor_sync(0xffffffffu, loss, offset);
+    whole_d += __shfl_xor_sync(0xffffffffu, whole_d, offset);
+    whole_r += __shfl_xor_sync(0xffffffffu, whole_r, offset);
+  }
   if (coefficients == nullptr) return loss;
-  const double whole_d = -total(pull * dk), whole_r = total(pull * rk);
   double c_d, c_r;
   if (band) {
     c_d = dk == 0 ? 0 : pull / dk * inverse_d;

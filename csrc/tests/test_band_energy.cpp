@@ -87,12 +87,12 @@ void check(const Case& c) {
   const double floor = step * std::sqrt(static_cast<double>(z.size()));
   // Below 2^-126 float32 is fixed point: what the latent is multiplied by on the way, roots of unity or taps, leaves
   // products rounded to multiples of 2^-149 too. A rounding is as if the latent were off by half a step an element, a
-  // sum of t taps has t of them; the gradient, linear in the latent, has that error relative to the latent's norm,
-  // whatever its own magnitude.
+  // sum of t taps has t of them, along each axis; the gradient, linear in the latent, has that error relative to the
+  // latent's norm, whatever its own magnitude.
   double norm = 0;
   for (const double x : z) norm += x * x;
   int taps = 1;
-  for (int j = 0; j < c.blurs; ++j) taps = std::max(taps, 2 * filters.view.reach[j] + 1);
+  for (int j = 0; j < c.blurs; ++j) taps = std::max(taps, 2 * (2 * filters.view.reach[j] + 1));
   const double inner = exact || norm == 0 ? 0 : std::ldexp(std::sqrt(taps * (z.size() / norm)), -150);
   const double near = store + inner;
   expect_close(r.dz.values(), weighted_all(filters, z, c.n, c.p, twice, c.bands), near, "dz " + what, floor);
@@ -183,6 +183,12 @@ void forced_clusters(fera_device device) {
   expect_error(FERA_RUN(band_energy, device, a), FERA_INVALID,
                "band_energy: FERA_BAND_CLUSTER must be one that this device, size, dtype, layout and these bands have, "
                "got blocks=16");
+  check_plans<Case>(
+      {
+          {"blocks=1", {device, FERA_F32, 2, 3, {104, 156}, 3, 0, plain, 1.0, 1e-8}},
+          {"blocks=1", {device, FERA_BF16, 1, 4, {104, 156}, 5, 0, plain, 1.0, 1e-8}},
+      },
+      1, check);
   done("band_energy forced clusters", device);
 }
 

@@ -190,6 +190,19 @@ void forced_clusters(fera_device device) {
       3, check);
   // Spectra of 16 planes: several clusters a sample.
   if (!brief()) check({device, FERA_F32, 2, 16, {128, 128}, 3, 0, Layout::contiguous, 1});
+  // Two blocks a pair of planes.
+  check_plans<Case>(
+      {
+          {"blocks=1,launches=1", {device, FERA_F32, 2, 3, {128, 128}, 3, 0, plain, 1, false}},
+          {"blocks=1,launches=2", {device, FERA_F32, 2, 3, {128, 128}, 3, 0, plain, 1, false}},
+          {"blocks=1,threads=512,launches=1", {device, FERA_BF16, 1, 7, {128, 128}, 5, 0, plain, 1, false}},
+          {"blocks=1,threads=512,launches=2", {device, FERA_F32, 2, 2, {128, 128}, 16, 0, plain, 1e18, false}},
+          {"blocks=1", {device, FERA_F16, 3, 1, {128, 128}, 4, 0, plain, 1, false}},
+          {"blocks=1", {device, FERA_F32, 2, 4, {128, 128}, 3, 0, plain, 1, true}},
+          {"blocks=1,launches=1", {device, FERA_F32, 1, 5, {104, 156}, 3, 0, plain, 1e-15, false}},
+          {"blocks=1,launches=2", {device, FERA_F32, 2, 2, {104, 156}, 4, 0, plain, 1, false}},
+      },
+      2, check);
   done("fecl_loss forced clusters", device);
 }
 
