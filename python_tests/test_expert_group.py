@@ -74,6 +74,39 @@ def test_each_gradient_alone(name: str, variant: str, device: torch.device, monk
     assert tolerances.error(got, want) <= 1e-12
 
 
+@pytest.mark.parametrize("variant", ["tiles", "library"])
+@pytest.mark.parametrize("used", [(0, 1, 2), (2,), (0, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["expanded", "different"])
+def test_a_gate_for_each_member(
+    kind: str, used: tuple[int, ...], variant: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(members, G, E): the values are the single operators', every member's gradient comes back, unused ones zero."""
+    monkeypatch.setenv("FERA_EXPERT_VARIANT", variant)
+    given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in _arguments().items()}
+    x, weights, biases, lora_as, lora_bs, gate, scale = _lists(given)
+    gates = (
+        gate.expand(3, *gate.shape)
+        if kind == "expanded"
+        else gate * torch.tensor([1.0, 0.5, 2.0]).to(gate)[:, None, None]
+    )
+    gates = gates.detach().requires_grad_()
+    ys = ops.expert_linear_group(x, weights, biases, lora_as, lora_bs, gates, scale)
+    (grad,) = torch.autograd.grad(sum(ys[i].square().sum() for i in used), [gates])
+    assert grad.shape == gates.shape
+    for i in range(3):
+        own = gates[i].detach().requires_grad_()
+        y = ops.expert_linear(x, weights[i], biases[i], lora_as[i], lora_bs[i], own, scale)
+        assert torch.equal(ys[i], y)
+        (want,) = torch.autograd.grad(y.square().sum(), [own])
+        torch.testing.assert_close(grad[i], want if i in used else torch.zeros_like(want))
+
+
+def test_a_wrong_number_of_gates() -> None:
+    x, weights, biases, lora_as, lora_bs, gate, scale = _lists(_arguments())
+    with pytest.raises(ValueError, match=r"gate must be \(G, E\) or \(3, G, E\), one a weight, got \[2, "):
+        ops.expert_linear_group(x, weights, biases, lora_as, lora_bs, torch.stack([gate, gate]), scale)
+
+
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_few_tokens(tokens: int, device: torch.device) -> None:
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in _arguments(shape=(4, tokens, 8)).items()}

@@ -240,6 +240,17 @@ def test_disabled_is_the_base() -> None:
     assert torch.equal(layer(x), layer.base(x))
 
 
+def test_hooks_are_heard_while_disabled() -> None:
+    layer, x, heard = _layer(), torch.randn(4, 8), []
+    layer.source.enabled = False
+    with layer.base.register_forward_hook(lambda *_: heard.append("own")):
+        layer(x)
+    layer(x)
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(type(module).__name__)):
+        layer(x)
+    assert heard == ["own", "Linear", "FeraLinear"]
+
+
 def test_looks_like_its_base() -> None:
     layer = _layer()
     assert layer.weight is layer.base.weight

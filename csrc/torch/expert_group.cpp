@@ -1,4 +1,7 @@
 // Linears that are given the same x (q, k and v of a self-attention): every y, and in backward one dx.
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+
 #include <algorithm>
 
 #include "experts.h"
@@ -22,11 +25,21 @@ std::string index(size_t i) { return join("[", i, "]"); }
 
 bool unit_stride(const Tensor& weight) { return weight.stride(1) == 1; }
 
-// Contiguous, of t's sizes; empty where not wanted.
-Tensor like(bool wanted, const Tensor& t) {
-  return wanted ? at::empty(t.sizes(), t.options().memory_format(at::MemoryFormat::Contiguous))
-                : at::empty({0}, t.options());
-}
+// gate: (G, E) for all members, or (members, G, E). The latter may be one gate expanded, whose gradients then come back
+// unadded: whoever hands out hundreds of such gates sums all gradients once.
+class Gates {
+ public:
+  Gates(const char* op, const Tensor& gate, size_t members) : given_(gate) {
+    if (gate.dim() != 3) return;  // others are checked with their member
+    FERA_REQUIRE(op, gate.size(0) == static_cast<int64_t>(members), "gate",
+                 join("(G, E) or (", members, ", G, E), one a weight"), gate.sizes());
+    if (gate.stride(0) == 0) given_ = gate.select(0, 0);
+  }
+  Tensor operator[](int64_t i) const { return given_.dim() == 3 ? given_.select(0, i) : given_; }
+
+ private:
+  Tensor given_;
+};
 
 // Whether to ask the core for its kernel of all members, which is a "wgmma" one.
 bool may_join(const char* op, const Tensor& x) {
@@ -80,15 +93,15 @@ Forward expert_linear_group(const Tensor& given, TensorList weights, const Biase
   FERA_REQUIRE(op, given.dim() >= 2, "x", "(N, ..., in)", given.sizes());
   const Rows x_rows(op, "x", given, given.size(-1));
   const Tensor& x = x_rows.tensor;
+  const Gates gates(op, gate, members);
   std::vector<OptionalTensor> bias;
   std::vector<Experts> experts;
+  bias.reserve(members);
   experts.reserve(members);
-  bool plain = true;
   for (size_t i = 0; i < members; ++i) {
     bias.push_back(biases.get(i));
     check_linear(op, x, weights[i], bias[i], index(i).c_str());
-    experts.emplace_back(op, x, weights[i].size(0), lora_a[i], lora_b[i], gate, scale, index(i).c_str());
-    plain = plain && weights[i].stride(1) == 1 && (!bias[i].has_value() || bias[i]->stride(0) == 1);
+    experts.emplace_back(op, x, weights[i].size(0), lora_a[i], lora_b[i], gates[i], scale, index(i).c_str());
   }
   std::vector<Tensor> ys(members), hs(members);
   if (!joint_forward(op, x_rows, weights, bias, experts, &ys, &hs))
@@ -104,8 +117,9 @@ struct Upstream {
   std::array<bool, 4> wanted;
 };
 
-// Every gradient, dx by one kernel; false where the core has none for these members.
-bool joint_backward(const char* op, const Rows& x, const std::vector<Upstream>& members,
+// Every gradient, dx by one kernel; false where the core has none for these members. dgates (members, G, E) is written
+// where wanted.
+bool joint_backward(const char* op, const Rows& x, const std::vector<Upstream>& members, const Tensor& dgates,
                     std::vector<Gradients>* grads) {
   if (!may_join(op, x.tensor)) return false;
   std::vector<Rows> dy_rows;
@@ -115,13 +129,14 @@ bool joint_backward(const char* op, const Rows& x, const std::vector<Upstream>& 
     if (!m.wanted[0] || !unit_stride(m.weight)) return false;
   const Tensor dx = like(true, x.tensor);
   auto data = [](const Tensor& t) { return t.numel() > 0 ? t.data_ptr() : nullptr; };
+  const size_t step = dgates.numel() / members.size() * dgates.element_size();
   fera_expert_group_backward_args group{static_cast<int32_t>(members.size()), {}};
   for (size_t i = 0; i < members.size(); ++i) {
     const Upstream& m = members[i];
     dy_rows.emplace_back(op, "dy", m.dy, m.experts.view.out);
     h_rows.push_back(m.h.contiguous());
     Gradients& g = (*grads)[i];
-    g = {dx, like(m.wanted[1], m.experts.a), like(m.wanted[2], m.experts.b), like(m.wanted[3], m.experts.g)};
+    g = {dx, like(m.wanted[1], m.experts.a), like(m.wanted[2], m.experts.b), {}};
     group.member[i] = {m.experts.view,
                        dy_rows[i].view,
                        x.view,
@@ -130,7 +145,7 @@ bool joint_backward(const char* op, const Rows& x, const std::vector<Upstream>& 
                        0,
                        data(g.da),
                        data(g.db),
-                       data(g.dgate),
+                       step ? static_cast<char*>(dgates.data_ptr()) + i * step : nullptr,
                        weight_rows(m.weight)};
   }
   if (!fera_expert_group_backward_takes(&group, FERA_CUDA)) {
@@ -141,7 +156,8 @@ bool joint_backward(const char* op, const Rows& x, const std::vector<Upstream>& 
   return true;
 }
 
-// wanted: x, gate, every lora_a, every lora_b. Gradients that are not wanted come back empty.
+// wanted: x, gate, every lora_a, every lora_b. Gradients that are not wanted come back empty. A gate of each member's
+// own gets a gradient for each; one for all gets the sum.
 Backward expert_linear_group_backward(TensorList dys, const Tensor& given, TensorList hs, TensorList weights,
                                       TensorList lora_a, TensorList lora_b, const Tensor& gate, double scale,
                                       const c10::List<bool>& wanted) {
@@ -157,35 +173,63 @@ Backward expert_linear_group_backward(TensorList dys, const Tensor& given, Tenso
   FERA_REQUIRE(op, given.dim() >= 2, "x", "(N, ..., in)", given.sizes());
   const Rows x_rows(op, "x", given, given.size(-1));
   const Tensor& x = x_rows.tensor;
+  const Gates gates(op, gate, members);
   std::vector<Experts> experts;
-  experts.reserve(members);
   std::vector<Upstream> upstream;
+  experts.reserve(members);
+  upstream.reserve(members);
   for (size_t i = 0; i < members; ++i) {
     const std::string of = index(i);
     check_upstream(op, x, dys[i], hs[i], of.c_str());
     check_linear(op, x, weights[i], {}, of.c_str());
     FERA_REQUIRE(op, weights[i].size(0) == dys[i].size(-1), join("dy", of), join("of ", weights[i].size(0), " columns"),
                  dys[i].size(-1));
-    experts.emplace_back(op, x, weights[i].size(0), lora_a[i], lora_b[i], gate, scale, of.c_str());
+    experts.emplace_back(op, x, weights[i].size(0), lora_a[i], lora_b[i], gates[i], scale, of.c_str());
     check_hidden(op, x, hs[i], experts[i], of.c_str());
     upstream.push_back(
         {dys[i], hs[i], weights[i], experts[i], {wanted[0], wanted[2 + i], wanted[2 + members + i], wanted[1]}});
   }
   std::vector<Gradients> grads(members);
-  if (!joint_backward(op, x_rows, upstream, &grads))
+  const Tensor& g = experts[0].g;
+  const int64_t count = wanted[1] ? static_cast<int64_t>(members) : 0;
+  const Tensor dgates = at::empty({count, g.size(0), g.size(1)}, g.options());
+  if (!joint_backward(op, x_rows, upstream, dgates, &grads))
     for (size_t i = 0; i < members; ++i) {
       const Upstream& m = upstream[i];
+      const Tensor dgate = wanted[1] ? dgates.select(0, static_cast<int64_t>(i)) : Tensor();
       // The first member writes dx, the others add to it.
-      grads[i] =
-          linear_backward(op, m.dy, x, m.h, m.weight, m.experts, m.wanted, i > 0 && wanted[0] ? grads[0].dx : Tensor());
+      grads[i] = linear_backward(op, m.dy, x, m.h, m.weight, m.experts, m.wanted, dgate,
+                                 i > 0 && wanted[0] ? grads[0].dx : Tensor());
     }
   std::vector<Tensor> das, dbs;
-  for (const Gradients& g : grads) {
-    das.push_back(g.da);
-    dbs.push_back(g.db);
-    if (das.size() > 1 && wanted[1]) grads[0].dgate.add_(g.dgate);
+  das.reserve(members);
+  dbs.reserve(members);
+  for (const Gradients& member : grads) {
+    das.push_back(member.da);
+    dbs.push_back(member.db);
   }
-  return {grads[0].dx, grads[0].dgate.to(gate.scalar_type()), das, dbs};
+  Tensor dgate = dgates;
+  if (!wanted[1])
+    dgate = dgates.view({0});
+  else if (gate.dim() == 2)
+    dgate = members == 1 ? dgates.view(g.sizes()) : dgates.sum(0);
+  return {grads[0].dx, dgate.to(gate.scalar_type()), das, dbs};
+}
+
+// Of gates (members, G, E) those of the members that are used; a gate for all as it is.
+Tensor gates_of(const Tensor& gate, const std::vector<int64_t>& used) {
+  if (gate.dim() != 3 || gate.size(0) == static_cast<int64_t>(used.size())) return gate;
+  std::vector<Tensor> own;
+  for (const int64_t i : used) own.push_back(gate.select(0, i));
+  return at::stack(own);
+}
+
+// The gradients of those, (used, G, E), as the gate's: zero for the other members.
+Tensor spread(const Tensor& dgate, const Tensor& gate, const std::vector<int64_t>& used) {
+  if (dgate.sizes() == gate.sizes()) return dgate;
+  const Tensor whole = at::zeros(gate.sizes(), dgate.options());
+  for (size_t j = 0; j < used.size(); ++j) whole.select(0, used[j]).copy_(dgate.select(0, static_cast<int64_t>(j)));
+  return whole;
 }
 
 // Kept for backward: x once, every h, and the weights.
@@ -235,10 +279,10 @@ class Group : public Formula<Group> {
       for (const int64_t i : used) wanted.push_back(ctx->needs_input_grad(2 + k * members + i));
     if (std::count(wanted.begin(), wanted.end(), true) > 0) {
       const auto [dx, dgate, das, dbs] = call_operator<expert_linear_group_backward>(
-          "fera_ext::expert_linear_group_backward", dys, saved[0], pick(3), pick(2), pick(0), pick(1), saved[1],
-          ctx->saved_data["scale"].toDouble(), wanted);
+          "fera_ext::expert_linear_group_backward", dys, saved[0], pick(3), pick(2), pick(0), pick(1),
+          gates_of(saved[1], used), ctx->saved_data["scale"].toDouble(), wanted);
       if (wanted[0]) grads[0] = dx;
-      if (wanted[1]) grads[1] = dgate;
+      if (wanted[1]) grads[1] = spread(dgate, saved[1], used);
       for (size_t j = 0; j < used.size(); ++j) {
         if (wanted[2 + j]) grads[2 + used[j]] = das[j];
         if (wanted[2 + used.size() + j]) grads[2 + members + used[j]] = dbs[j];

@@ -51,21 +51,24 @@ std::tuple<Tensor, Tensor> linear_forward(const char* op, const Tensor& x, const
 
 Gradients linear_backward(const char* op, const Tensor& dy, const Tensor& x, const Tensor& h,
                           const OptionalTensor& weight, const Experts& experts, std::array<bool, 4> wanted,
-                          const Tensor& sum) {
+                          const Tensor& dgate, const Tensor& sum) {
   const fera_experts& e = experts.view;
   const Rows x_rows(op, "x", x, e.in), dy_rows(op, "dy", dy, e.out);
   const Tensor h_rows = h.contiguous();
-  auto like = [](bool yes, const Tensor& t) {
-    return yes ? at::empty(t.sizes(), t.options().memory_format(at::MemoryFormat::Contiguous))
-               : at::empty({0}, t.options());
-  };
   auto data = [](bool yes, const Tensor& t) { return yes ? t.data_ptr() : nullptr; };
   const bool add = wanted[0] && sum.defined(), base = wanted[0] && weight.has_value();
   Tensor dx = add ? sum : like(wanted[0], x);
-  const Tensor da = like(wanted[1], experts.a), db = like(wanted[2], experts.b), dg = like(wanted[3], experts.g);
-  fera_expert_update_backward_args args{
-      e, dy_rows.view,        x_rows.view,         h_rows.data_ptr(),   {data(wanted[0], dx), x_rows.view.dtype, e.in},
-      0, data(wanted[1], da), data(wanted[2], db), data(wanted[3], dg), {}};
+  const Tensor da = like(wanted[1], experts.a), db = like(wanted[2], experts.b);
+  fera_expert_update_backward_args args{e,
+                                        dy_rows.view,
+                                        x_rows.view,
+                                        h_rows.data_ptr(),
+                                        {data(wanted[0], dx), x_rows.view.dtype, e.in},
+                                        0,
+                                        data(wanted[1], da),
+                                        data(wanted[2], db),
+                                        data(wanted[3], dgate),
+                                        {}};
   const Way chosen = way(op, x, base && weight->stride(1) == 1, [&](bool fused) {
     args.weight = fused ? weight_rows(weight) : fera_rows{};
     return fera_expert_backward_variant(&args, FERA_CUDA);
@@ -76,7 +79,7 @@ Gradients linear_backward(const char* op, const Tensor& dy, const Tensor& x, con
     args.dx.data = dx.data_ptr();
     args.weight = weight_rows(weight);
     FERA_CALL(x, expert_update_backward, args);
-    return {add ? sum.add_(dx) : dx, da, db, dg};
+    return {add ? sum.add_(dx) : dx, da, db, dgate};
   }
   args.weight = {};
   args.add_to_dx = base || add ? 1 : 0;
@@ -91,14 +94,14 @@ Gradients linear_backward(const char* op, const Tensor& dy, const Tensor& x, con
   if (chosen == Way::library) {
     const Tensor dy_flat = dy_rows.tensor.reshape({e.tokens, e.out}).contiguous();
     const Tensor before = args.add_to_dx ? dx.view({e.tokens, e.in}) : Tensor();
-    auto [library_dx, library_da, library_db, library_dg] =
-        Library(x, experts).backward(dy_flat, h_rows.view({e.tokens, experts.stacked()}), before, wanted);
+    auto [library_dx, library_da, library_db] =
+        Library(x, experts).backward(dy_flat, h_rows.view({e.tokens, experts.stacked()}), before, dgate, wanted);
     return {wanted[0] ? library_dx.view(x.sizes()) : dx, wanted[1] ? library_da : da, wanted[2] ? library_db : db,
-            wanted[3] ? library_dg : dg};
+            dgate};
   }
-  if (e.tokens == 0) dg.zero_();  // the kernels do not know the gate's rows then
+  if (e.tokens == 0) dgate.zero_();  // the kernels do not know the gate's rows then
   FERA_CALL(x, expert_update_backward, args);
-  return {dx, da, db, dg};
+  return {dx, da, db, dgate};
 }
 
 namespace {
@@ -159,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& 
   }
   const Experts experts(op, x, dy.size(-1), lora_a, lora_b, gate, scale, {dropout, seed, stream});
   check_hidden(op, x, h, experts);
-  const Gradients g = linear_backward(op, dy, x, h, weight, experts, wanted);
+  const Gradients g = linear_backward(op, dy, x, h, weight, experts, wanted, like(wanted[3], experts.g));
   return {g.dx, g.da, g.db, g.dgate.to(gate.scalar_type())};
 }
 

@@ -9,6 +9,7 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/sum.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -196,16 +197,16 @@ class Library {
     return h;
   }
 
-  // dx: the base layer's part, or undefined.
-  std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& h, Tensor dx,
-                                                      std::array<bool, 4> wanted) const {
-    Tensor da, db, dgate;
+  // dx: the base layer's part, or undefined; dgate (G, E) is written where wanted.
+  std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& h, Tensor dx, Tensor dgate,
+                                              std::array<bool, 4> wanted) const {
+    Tensor da, db;
     if (x_.size(0) == 0) {
       if (wanted[0] && !dx.defined()) dx = at::zeros_like(x_);
       if (wanted[1]) da = at::zeros_like(e_.a);
       if (wanted[2]) db = at::zeros_like(e_.b);
-      if (wanted[3]) dgate = at::zeros_like(e_.g);
-      return {dx, da, db, dgate};
+      if (wanted[3]) dgate.zero_();
+      return {dx, da, db};
     }
     if (wanted[0] || wanted[1]) {
       const Tensor dh = at::bmm(grouped(dy), gated_b()).view({x_.size(0), r_});
@@ -222,9 +223,9 @@ class Library {
       const at::ScalarType wide = e_.g.scalar_type();
       const Tensor m = at::bmm(grouped(dy).transpose(1, 2), grouped(h)).to(wide).view(by_expert(g_));
       if (wanted[2]) db = (m * scaled_).sum(0).to(e_.b.scalar_type());
-      if (wanted[3]) dgate = (m * e_.b.to(wide).view(by_expert(1))).sum({1, 3}).mul_(e_.view.scale);
+      if (wanted[3]) at::sum_out(dgate, m * e_.b.to(wide).view(by_expert(1)), {1, 3}).mul_(e_.view.scale);
     }
-    return {dx, da, db, dgate};
+    return {dx, da, db};
   }
 
  private:
@@ -296,10 +297,17 @@ struct Gradients {
   Tensor dx, da, db, dgate;  // empty where not wanted; dgate in the compute dtype
 };
 
+// Contiguous, of t's sizes; empty where not wanted.
+inline Tensor like(bool wanted, const Tensor& t) {
+  return wanted ? at::empty(t.sizes(), t.options().memory_format(at::MemoryFormat::Contiguous))
+                : at::empty({0}, t.options());
+}
+
 // wanted: (x, lora_a, lora_b, gate). With a weight, dx holds the frozen linear's part too. Where `sum` is defined, of
-// x's sizes and contiguous, dx is added to it and is it.
+// x's sizes and contiguous, dx is added to it and is it. dgate: of the gate's sizes and contiguous, written where
+// wanted.
 Gradients linear_backward(const char* op, const Tensor& dy, const Tensor& x, const Tensor& h,
                           const OptionalTensor& weight, const Experts& experts, std::array<bool, 4> wanted,
-                          const Tensor& sum = {});
+                          const Tensor& dgate, const Tensor& sum = {});
 
 }  // namespace fera::torch_binding

@@ -16,6 +16,7 @@ from fera_ext.adapter.routing import Routing
 from fera_ext.architectures import Extract, extractor
 from fera_ext.config import FeraConfig
 from fera_ext.nn import FeraLinear, GateState, SoftFrequencyRouter
+from fera_ext.nn.sharing import calls_of
 
 
 def attach(
@@ -103,7 +104,7 @@ def attach_layers(
 ) -> FeraAdapter:
     """:func:`attach` for layers already chosen and checked."""
     _warn_unmatched(config, matched)
-    state = GateState(len({id(module) for module in matched.values()}))
+    state = GateState()
     wrapped: dict[int, FeraLinear] = {}
     for module in matched.values():
         if id(module) not in wrapped:
@@ -135,8 +136,8 @@ def attach_layers(
         setattr(model.get_submodule(parent), name, layer)
     model.add_module(ROUTER_NAME, router)
     if group_projections:
-        groups = share_inputs(model, layers, state)
-        state.calls -= sum(len(group.members) - 1 for group in groups)
+        share_inputs(model, layers, state)
+    state.calls = calls_of(wrapped.values())
     refuse_saving(model)
     routing = Routing(model, router, config.bands, latent or extractor(model), state, layers)
     return FeraAdapter(model, config, layers, router, routing, asked)

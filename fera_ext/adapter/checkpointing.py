@@ -9,13 +9,15 @@ the gate's gradient to the router's graph like any input's. Inside the block the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fera_ext.nn import FeraLinear, GateState
+from fera_ext.nn.sharing import calls_of
+from fera_ext.nn.state import GUESS
 
 
 class Segment:
@@ -24,13 +26,13 @@ class Segment:
     Args:
         function: the block.
         state: the model's gate state.
-        calls: how many operator calls the block makes, roughly: its adapted layers.
+        calls: the operator calls the block makes, roughly (:func:`fera_ext.nn.sharing.calls_of`).
 
     The recomputation runs the same layers as one as the forward did (:attr:`fera_ext.nn.GateState.plan`): it must
     save the same tensors. It also drops the same parts of the experts' input (:attr:`fera_ext.nn.GateState.seed`).
     """
 
-    def __init__(self, function: Callable[..., Any], state: GateState, calls: int) -> None:
+    def __init__(self, function: Callable[..., Any], state: GateState, calls: Mapping[int, int]) -> None:
         self.function = function
         self.state = state
         self.calls = calls
@@ -62,29 +64,29 @@ class BoundCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # The compiler traces the block with the gate as a captured input, which is the same thing.
-        layers = 0 if torch.compiler.is_compiling() else self._adapted(function)
-        if not layers:
+        calls = None if torch.compiler.is_compiling() else self._adapted(function)
+        if not calls:
             return self.inner(function, *args, **kwargs)
         state = self.state
         gate = state.gate if state.enabled else None
         if gate is not None:
-            gate = state.view(gate.device)
+            gate = state.view_of_block()
         if gate is not None and not gate.requires_grad and torch.is_grad_enabled():
             # Reentrant checkpointing gives no gradients at all to a block none of whose inputs asks.
             gate = gate.detach().requires_grad_()
-        return self.inner(Segment(function, state, layers), gate, *args, **kwargs)
+        return self.inner(Segment(function, state, calls), gate, *args, **kwargs)
 
-    def _adapted(self, function: Callable[..., Any]) -> int:
-        """How many adapted layers ``function`` holds; of a callable that is no module, a guess.
+    def _adapted(self, function: Callable[..., Any]) -> Mapping[int, int]:
+        """The operator calls of ``function``, none without an adapted layer; of a callable that is no module, a guess.
 
         A frozen block must not get the gate: reentrant checkpointing would differentiate it, and raise
         because nothing in it has a gradient.
         """
         if not isinstance(function, nn.Module):
-            return min(self.state.calls, 16)
+            return GUESS
         known = self.state.adapted.get(function)
         if known is None:
-            known = sum(isinstance(m, FeraLinear) for m in function.modules())
+            known = calls_of([m for m in function.modules() if isinstance(m, FeraLinear)])
             self.state.adapted[function] = known
         return known
 

@@ -1,11 +1,14 @@
 """One gate for hundreds of operator calls, and one reduction for the gradients that come back.
 
 Autograd sums what comes back to a tensor by an addition a use: hundreds of launches for a few numbers. Here each use
-gets a view of its own, all made at once, and the backward pass stacks the gradients and sums them once.
+gets a view of its own, all made at once, and the backward pass stacks the gradients and sums them once. A group of
+linears that run as one operator gets the gate once a member, (members, G, E), and hands the members' gradients back
+unadded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,23 +16,34 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level
 
 _MORE = 32
-"""Views made at a time once as many as expected are used."""
+"""Views of a kind made at a time once as many as expected are used."""
 
 
 class _FanOut(torch.autograd.Function):
-    """(G, E) to ``count`` views of it. A view that nobody used costs nothing in backward: no zeros stand for it."""
+    """(G, E) to views of it, for each (members, count) of ``kinds`` ``count`` of them: (G, E) for one member,
+    (members, G, E) for more. A view that nobody used costs nothing in backward: no zeros stand for it."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, count: int) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, gate: Tensor, kinds: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        return gate.expand(count, *gate.shape).unbind(0)
+        views: tuple[Tensor, ...] = ()
+        for members, count in kinds:
+            sizes = (count, *gate.shape) if members == 1 else (count, members, *gate.shape)
+            views += gate.expand(sizes).unbind(0)
+        return views
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        given = [grad for grad in grads if grad is not None]
-        if len(given) < 2:
-            return (given[0] if given else None), None
-        return torch.stack(given).sum(0), None
+        ones: list[Tensor] = []
+        rest: list[Tensor] = []
+        for grad in grads:
+            if grad is not None:
+                (ones if grad.ndim == 2 else rest).append(grad)
+        if not rest and len(ones) < 2:
+            return (ones[0] if ones else None), None
+        if ones:
+            rest.append(torch.stack(ones))
+        return (torch.cat(rest) if len(rest) > 1 else rest[0]).sum(0), None
 
 
 class Fan:
@@ -38,27 +52,37 @@ class Fan:
     Args:
         gate: (G, E), asks for a gradient.
         device: where the views shall be.
-        count: how many uses are expected.
+        calls: how many uses are expected, by the number of members each is for.
 
     Attributes:
         gate: the gate given.
         version: its version; a gate modified in place needs a fan of its own.
     """
 
-    __slots__ = ("_count", "_near", "_views", "gate", "version")
+    __slots__ = ("_calls", "_near", "_views", "gate", "version")
 
-    def __init__(self, gate: Tensor, device: torch.device, count: int) -> None:
+    def __init__(self, gate: Tensor, device: torch.device, calls: Mapping[int, int]) -> None:
         self.gate = gate
         self.version = gate._version
         self._near = gate if gate.device == device else gate.to(device)
-        self._count = count
-        self._views: list[Tensor] = []
+        self._calls = calls
+        self._views: dict[int, list[Tensor]] = {}
 
-    def view(self) -> Tensor:
-        """(G, E), the gate's values on the device, for one use."""
-        if not self._views:
+    def view(self, members: int = 1) -> Tensor:
+        """The gate's values on the device, for one use: (G, E) for one member, (members, G, E) for more."""
+        views = self._views.get(members)
+        if not views:
             if maybe_current_level() is not None or torch._C._get_tracing_state() is not None:
                 return self._near  # functorch takes no function of this form, torch.jit.trace saves none
-            self._views = list(_FanOut.apply(self._near, self._count))
-            self._count = min(self._count, _MORE)
-        return self._views.pop()
+            self._make(members)
+            views = self._views[members]
+        return views.pop()
+
+    def _make(self, members: int) -> None:
+        """The views expected, of all kinds at once for one reduction; later a few of one kind."""
+        calls = {members: _MORE, **self._calls}
+        if self._views:
+            calls = {members: min(calls[members], _MORE)}
+        made = list(_FanOut.apply(self._near, tuple(calls.items())))
+        for kind, count in calls.items():
+            self._views[kind], made = made[:count], made[count:]

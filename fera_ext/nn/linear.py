@@ -6,10 +6,11 @@ import math
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fera_ext import ops
-from fera_ext.nn.sharing import SharedInput, is_plain, weights_of
+from fera_ext.nn.sharing import SharedInput, heard_everywhere, is_plain, plain_weights, weights_of
 from fera_ext.nn.state import GateState, draw_seed
 
 
@@ -83,7 +84,7 @@ class FeraLinear(nn.Module):
         for name in self.expert_parameters:
             empty = torch.empty(shapes[name], dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty))
-        self._number = torch.tensor([stream], device=self.lora_A.device)
+        self._place_number()
         self.reset_parameters()
         self.train(base.training)
 
@@ -108,6 +109,8 @@ class FeraLinear(nn.Module):
         self._dropout = float(share)
         if share and isinstance(self.source, GateState):
             self.source.drops = True
+        if "lora_A" in self._parameters:
+            self._place_number()
 
     @property
     def in_features(self) -> int:
@@ -131,9 +134,13 @@ class FeraLinear(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> FeraLinear:
         super()._apply(*args, **kwargs)
-        # Follows the parameters. No buffer: those go into broadcasts and are left empty by to_empty.
-        self._number = torch.tensor([self.stream], device=self.lora_A.device)
+        self._place_number()
         return self
+
+    def _place_number(self) -> None:
+        # Follows the parameters. No buffer: those go into broadcasts and are left empty by to_empty. Only where it may
+        # be read: an allocator's smallest block, 512 bytes on CUDA, is much for hundreds of layers.
+        self._number: Tensor | None = torch.tensor([self.stream], device=self.lora_A.device) if self._dropout else None
 
     def reset_parameters(self) -> None:
         """A Kaiming-uniform with a = sqrt(5), each expert as its own linear; B zero."""
@@ -150,7 +157,7 @@ class FeraLinear(nn.Module):
         """
         source = self.source
         if not source.enabled:
-            return self.base(x)
+            return self._disabled(x)
         gate = source.gate
         if gate is None:
             raise RuntimeError(
@@ -170,6 +177,13 @@ class FeraLinear(nn.Module):
             return self._updated(x, view)
         dropped = self._dropped(x) if self._dropout else ()
         return ops.expert_linear(x, *own, view, self.scale, *dropped)
+
+    def _disabled(self, x: Tensor) -> Tensor:
+        """The base layer's own output, (N, ..., out)."""
+        base: Any = self._modules["base"]
+        own = None if torch.compiler.is_compiling() or heard_everywhere() else plain_weights(base)
+        # What a call of the module is, at a third of its host time.
+        return base(x) if own is None else F.linear(x, *own)
 
     def _traced(self, x: Tensor, gate: Tensor) -> Tensor:
         """What a compiled graph takes, (N, ..., out): no state from one call to the next, the gate as it is."""
@@ -200,7 +214,9 @@ class FeraLinear(nn.Module):
         seed = draw_seed(x.device) if seed is None else seed.to(x.device)
         if torch.compiler.is_compiling():
             # A module's number would be a constant of the graph, and each of a model's equal blocks a graph of its own.
-            return self._dropout, seed + self._number.to(x.device), 0
+            number = self._number
+            assert number is not None  # there is one where there is dropout
+            return self._dropout, seed + number.to(x.device), 0
         return self._dropout, seed, self.stream
 
     def extra_repr(self) -> str:

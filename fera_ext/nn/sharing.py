@@ -14,11 +14,13 @@ recomputation saves the same tensors as its forward did.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from operator import is_not
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.modules.module as _global
 from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks as _top_hooks
 from torch._C._functorch import maybe_current_level
@@ -183,7 +185,7 @@ class SharedInput:
                 return None
             found.append(own)
         weights, biases, lora_as, lora_bs = map(list, zip(*found))
-        view = self.state.view(device)
+        view = self.state.view(device, len(members))
         outputs = ops.expert_linear_group(x, weights, biases, lora_as, lora_bs, view, scale)
         self._kept = Kept(members, x, gate, outputs, found)
         self.state.holding.add(self)
@@ -200,6 +202,20 @@ class SharedInput:
         self._plans = ((self.state.next_plan(), rest if len(rest) > 1 else ()), *self._plans)
 
 
+def calls_of(layers: Iterable[FeraLinear]) -> dict[int, int]:
+    """How many operator calls ``layers`` make, by the number of layers each is for, where every guess holds."""
+    calls: Counter[int] = Counter()
+    groups: set[SharedInput] = set()
+    for layer in layers:
+        group = layer.shared
+        if group is None or layer not in group.members:
+            calls[1] += 1
+        elif group not in groups:
+            groups.add(group)
+            calls[len(group.members)] += 1
+    return dict(calls)
+
+
 def _joining(layer: FeraLinear, scale: float) -> Weights | None:
     """What ``layer`` computes with where its call is the operator of its base layer, with nobody listening to what
     comes in; else None."""
@@ -214,16 +230,24 @@ def weights_of(layer: FeraLinear) -> Weights | None:
     Asking a module for a parameter by attribute takes ten times as long as asking the dict it is in. What is not there
     (parametrised weights, computed at each access) gives None, and the layer takes the form for any base layer.
     """
-    base: Any = layer._modules["base"]
-    if not _unheard(base):
-        return None
-    own, given = layer._parameters, base._parameters
-    found: Any
+    given = plain_weights(layer._modules["base"])
+    own: Any = layer._parameters
     try:
-        found = given["weight"], given["bias"], own["lora_A"], own["lora_B"]
+        return None if given is None else (*given, own["lora_A"], own["lora_B"])
     except KeyError:
         return None
-    return found if type(found[0]) in _PLAIN else None
+
+
+def plain_weights(base: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias where ``base`` is plain (:func:`is_plain`) and both are parameters."""
+    if not _unheard(base):
+        return None
+    given = base._parameters
+    try:
+        weight, bias = given["weight"], given["bias"]
+    except KeyError:
+        return None
+    return (weight, bias) if type(weight) in _PLAIN else None
 
 
 def is_plain(base: nn.Module) -> bool:
@@ -232,17 +256,29 @@ def is_plain(base: nn.Module) -> bool:
 
 
 _PLAIN = (nn.Parameter, Tensor)
+_FORWARD = nn.Linear.forward
 
 
 def _unheard(base: nn.Module) -> bool:
     """Whether a call of ``base`` runs nn.Linear's own forward and nothing else."""
+    own = base.__dict__
     return (
-        type(base).forward is nn.Linear.forward
-        and not base._forward_hooks
-        and not base._forward_pre_hooks
-        and not base._backward_hooks
-        and not base._backward_pre_hooks
-        and "forward" not in base.__dict__
+        type(base).forward is _FORWARD
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and not own["_backward_hooks"]
+        and not own["_backward_pre_hooks"]
+        and "forward" not in own
+    )
+
+
+def heard_everywhere() -> bool:
+    """Whether somebody listens to the calls of all modules."""
+    return bool(
+        _global._global_forward_hooks
+        or _global._global_forward_pre_hooks
+        or _global._global_backward_hooks
+        or _global._global_backward_pre_hooks
     )
 
 

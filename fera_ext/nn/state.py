@@ -17,7 +17,7 @@ gate of its own (:meth:`GateState.view`), so that the gradients come back in one
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,9 @@ from fera_ext.nn.fan import Fan
 if TYPE_CHECKING:
     from fera_ext.nn.sharing import SharedInput
 
+GUESS: Mapping[int, int] = {1: 16}
+"""Operator calls of what cannot be looked through."""
+
 
 def draw_seed(device: torch.device) -> Tensor:
     """A seed for dropout, (1,) int64, from the device's generator: no synchronisation, and a CUDA graph captures it."""
@@ -39,7 +42,7 @@ class GateState:
     """The gate of the running forward; plain attributes, read by every adapted layer.
 
     Args:
-        calls: how many operator calls a forward makes with it, roughly.
+        calls: how many operator calls a forward makes with it, roughly, by the number of layers each is for.
         drops: whether a layer has dropout, or has had: without, no forward looks through the layers for it.
 
     Attributes:
@@ -51,21 +54,22 @@ class GateState:
         disabled_depth: how many :meth:`fera_ext.adapter.FeraAdapter.disabled` blocks are open.
         plan: which layers run as one (:mod:`fera_ext.nn.sharing`), as a number; a recomputation has its forward's.
         holding: the groups that keep outputs for calls to come.
-        calls: how many operator calls the gate is for in what runs, the model or a checkpointed block of it.
+        calls: how many operator calls the gate is for in what runs, the model or a checkpointed block of it, by the
+            number of layers each is for.
         fans: where the views of the gate come from, by device.
-        adapted: the number of adapted layers in a checkpointed block.
+        adapted: a checkpointed block's operator calls, likewise.
     """
 
-    def __init__(self, calls: int = 16, drops: bool = False) -> None:
+    def __init__(self, calls: Mapping[int, int] | None = None, drops: bool = False) -> None:
         self.gate: Tensor | None = None
         self.seed: Tensor | None = None
         self.enabled = True
         self.last: Tensor | None = None
         self.disabled_depth = 0
-        self.adapted: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self.adapted: weakref.WeakKeyDictionary[nn.Module, dict[int, int]] = weakref.WeakKeyDictionary()
         self.plan = 0
         self.holding: set[SharedInput] = set()
-        self.calls = calls
+        self.calls: Mapping[int, int] = dict(calls or GUESS)
         self.drops = drops
         self.fans: dict[torch.device, Fan] = {}
         self._newest = 0
@@ -77,11 +81,14 @@ class GateState:
         memo[id(self)] = copied
         return copied
 
-    def __reduce__(self) -> tuple[type[GateState], tuple[int, bool]]:
+    def __reduce__(self) -> tuple[type[GateState], tuple[Mapping[int, int], bool]]:
         return GateState, (self.calls, self.drops)
 
-    def view(self, device: torch.device) -> Tensor:
-        """(G, E), the bound gate's values on ``device``, for one operator call; not to be modified."""
+    def view(self, device: torch.device, members: int = 1) -> Tensor:
+        """The bound gate's values on ``device``, for one operator call; not to be modified.
+
+        (G, E); for a group of ``members`` layers it may also be (members, G, E).
+        """
         gate = self.gate
         assert gate is not None
         if not gate.requires_grad or not torch.is_grad_enabled():
@@ -89,7 +96,18 @@ class GateState:
         fan = self.fans.get(device)
         if fan is None or fan.gate is not gate or fan.version != gate._version:
             fan = self.fans[device] = Fan(gate, device, self.calls)
-        return fan.view()
+        return fan.view(members)
+
+    def view_of_block(self) -> Tensor:
+        """(G, E), the bound gate's values for a checkpointed block."""
+        assert self.gate is not None
+        calls = self.calls
+        if not self.fans:  # there are no more blocks than operator calls
+            self.calls = {**calls, 1: sum(calls.values())}
+        try:
+            return self.view(self.gate.device)
+        finally:
+            self.calls = calls
 
     def reset(self) -> None:
         """Before a forward: forget what a backward pass that raised has left behind, and take the newest plan."""

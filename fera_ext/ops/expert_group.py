@@ -28,13 +28,13 @@ def expert_linear_group(
         biases: one a weight, (out_i,) x's dtype or None.
         lora_as: one a weight, (E, r_i, in) any of the dtypes; equal E, E*r_i from 1 to 512.
         lora_bs: one a weight, (out_i, E, r_i), likewise.
-        gate: (G, E); N is a multiple of G and row n uses gate row ``n * G // N``.
+        gate: (G, E), or (members, G, E), a gate for each; N is a multiple of G and row n uses gate row ``n * G // N``.
         scale: alpha / r.
 
     Returns:
         One (N, ..., out_i) a weight, as :func:`expert_linear` gives it. In backward x gets one gradient, the sum over
-        the members, and so does the gate; a member whose output is not used costs nothing. Kept for backward are x,
-        once, and every h_i = A_i x, (N, ..., E*r_i). One backward pass frees what is kept for all members.
+        the members, and so does a gate for all; a member whose output is not used costs nothing. Kept for backward are
+        x, once, and every h_i = A_i x, (N, ..., E*r_i). One backward pass frees what is kept for all members.
 
     Raises:
         ValueError: a wrong number of members, shape, size, dtype or device; a member's argument is named with its
