@@ -145,8 +145,9 @@ def expert_linear_group(
     scale: float,
 ) -> list[Tensor]:
     """Twin of :func:`fera_ext.ops.expert_linear_group`: the members one by one."""
-    members = zip(weights, biases, lora_as, lora_bs)
-    return [expert_linear(x, weight, bias, a, b, gate, scale) for weight, bias, a, b in members]
+    gates = gate.unbind(0) if gate.dim() == 3 else [gate] * len(weights)
+    members = zip(weights, biases, lora_as, lora_bs, gates)
+    return [expert_linear(x, weight, bias, a, b, own, scale) for weight, bias, a, b, own in members]
 
 
 def fecl_loss(base: Tensor, fera: Tensor, target: Tensor, bands: Bands, eps: float = 1e-8) -> Tensor:

@@ -107,6 +107,8 @@ PLANS = [
             ("blocks=8,launches=1", "blocks=8,launches=2", "blocks=8,clusters=3,launches=1", "blocks=16,clusters=2"),
         ),
         (_sample("fecl_loss", (3, 4, 64, 64), Bands.dog(4)), ("clusters=2,launches=1", "threads=512,launches=2")),
+        (_sample("fecl_loss", (2, 3, 128, 128), Bands.rings(4)), ("blocks=1,launches=1", "blocks=1,launches=2")),
+        (_sample("fecl_loss", (1, 7, 104, 156), Bands.dog(3)), ("blocks=1,launches=1", "blocks=1,launches=2")),
     )
     for plan in plans
 ]
@@ -130,6 +132,20 @@ def test_forced_clusters(plan: str, sample: Sample, dtype: torch.dtype, monkeypa
                 leaf.mul_(factor)
         for a, b in zip(captured.replay(), captured.eager()):
             assert torch.equal(a, b), tolerances.error(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4, 16, 128, 128), (9, 15, 128, 128), (130, 1, 128, 128), (5, 27, 104, 156)], ids=str
+)
+def test_fecl_of_many_planes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """What takes a plane a block by itself: all side by side, and more than that; more samples than a block keeps."""
+    sample = _sample("fecl_loss", shape, Bands.dog(3))
+    assert_matches_float64(sample, dtype, CUDA)
+    given = sample.cast(dtype, CUDA)
+    first, again = given.gradients(ops), given.gradients(ops)
+    for a, b in zip([first[0], *first[1]], [again[0], *again[1]]):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("op", OPS)

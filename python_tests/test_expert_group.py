@@ -93,6 +93,8 @@ def test_a_gate_for_each_member(
     ys = ops.expert_linear_group(x, weights, biases, lora_as, lora_bs, gates, scale)
     (grad,) = torch.autograd.grad(sum(ys[i].square().sum() for i in used), [gates])
     assert grad.shape == gates.shape
+    for y, twin in zip(ys, reference.expert_linear_group(x, weights, biases, lora_as, lora_bs, gates, scale)):
+        torch.testing.assert_close(y, twin)
     for i in range(3):
         own = gates[i].detach().requires_grad_()
         y = ops.expert_linear(x, weights[i], biases[i], lora_as[i], lora_bs[i], own, scale)
