@@ -270,12 +270,12 @@ def test_a_lost_device_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(step_measure, "free", lambda timer: 1 / 0)  # would raise the device's error again
         raise RuntimeError("an illegal memory access")
 
-    monkeypatch.setattr(step_contenders.Peft16, "loss", crash)
-    found = step.measure_all(options(contenders="frozen,peft-bf16,fera"))
+    monkeypatch.setattr(step_contenders.Published, "loss", crash)
+    found = step.measure_all(options(contenders="frozen,published,fera"))
     assert [bool(r["ms"]) for r in found["rows"]] == [True, False]
     assert found["rows"][1]["note"] == "failed: RuntimeError: an illegal memory access"
     assert not found["ok"]
-    assert "the device is lost after peft-bf16: failed: RuntimeError" in found["failed"][0]["error"]
+    assert "the device is lost after published: failed: RuntimeError" in found["failed"][0]["error"]
 
 
 def test_attention_is_chosen() -> None:

@@ -209,10 +209,12 @@ Backward expert_linear_group_backward(TensorList dys, const Tensor& given, Tenso
     dbs.push_back(member.db);
   }
   Tensor dgate = dgates;
-  if (!wanted[1])
+  if (!wanted[1]) {
     dgate = dgates.view({0});
-  else if (gate.dim() == 2)
-    dgate = members == 1 ? dgates.view(g.sizes()) : dgates.sum(0);
+  } else if (gate.dim() == 2) {
+    dgate = dgates.select(0, 0);
+    for (int64_t i = 1; i < count; ++i) dgate.add_(dgates.select(0, i));
+  }
   return {grads[0].dx, dgate.to(gate.scalar_type()), das, dbs};
 }
 
