@@ -180,9 +180,10 @@ def test_under_inference_mode_and_without_gradients() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("outs", [(320, 320, 320), (640, 640), (320, 64, 320, 128)], ids=str)
-def test_members_that_one_kernel_takes(outs: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rank", [4, 32])
+def test_members_that_one_kernel_takes(outs: tuple[int, ...], rank: int, dtype: torch.dtype) -> None:
     """Sizes of a model, where the core may have one kernel for all members: values, gradients, bits, capture."""
-    arguments = group_sample((2, 512, 320), outs, 3, (4,) * len(outs), 2)
+    arguments = group_sample((2, 512, 320), outs, 3, (rank,) * len(outs), 2)
     leaves = ("x", "gate", *(f"lora_{k}{i}" for k in "ab" for i in range(len(outs))))
     sample = Sample("expert_linear_group", arguments, leaves, "wide", call_group)
     device = torch.device("cuda")

@@ -26,6 +26,8 @@ SHAPES = [
     (1, 2048, 3072, 256, 4, 8),
 ]
 WIDE = [(2, 1024, 640, 320, 4, 32), (3, 128, 320, 1280, 3, 16), (1, 700, 1280, 640, 8, 64)]
+PLACE = "FERA_EXPERT_PLACE"
+"""Where h of wide ranks is made: beside the product's tiles, or by kernels of their own (outside)."""
 HALVES = [torch.bfloat16, torch.float16]
 NAMES = ("x", "lora_a", "lora_b", "gate")
 
@@ -97,9 +99,31 @@ def test_matches_float64(variant: str, shape: tuple[int, ...], dtype: torch.dtyp
         assert error <= tolerances.SLACK * tolerances.error(c, b) + 1e-5, (name, error, tolerances.error(c, b))
 
 
+@pytest.fixture(params=[4, 32])
+def rank(request: pytest.FixtureRequest, variant: str) -> int:
+    """Of three experts, narrow and wide; mma takes R up to 32."""
+    if variant == "mma" and request.param == 32:
+        pytest.skip("mma takes R up to 32")
+    return request.param
+
+
+@pytest.mark.parametrize("place", ["beside", "outside"])
+@pytest.mark.parametrize("shape", [*WIDE, (4, 988, 320, 200, 4, 32), (20, 64, 40, 104, 4, 32)], ids=str)
+def test_places_of_wide_ranks(shape: tuple[int, ...], place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that do not fill their gate row's last tile, many gate rows, one; more ranks than a tile."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma needs sm_90")
+    monkeypatch.setenv(VARIABLE, "wgmma")
+    monkeypatch.setenv(PLACE, place)
+    given = arguments(shape, torch.bfloat16, torch.float32)
+    dy = torch.randn(*given["x"].shape[:-1], shape[3], device="cuda", dtype=torch.bfloat16)
+    for name, a, b in zip(("y", *NAMES), results(ops, given, dy), results(reference, exact(given), dy)):
+        assert tolerances.error(a, b) <= tolerances.LOW[torch.bfloat16], name
+
+
 @pytest.mark.parametrize("wanted", range(1, 16))
-def test_gradients_for_what_asks(variant: str, wanted: int) -> None:
-    given = arguments((2, 160, 320, 200, 3, 4), torch.bfloat16, torch.float32)
+def test_gradients_for_what_asks(variant: str, rank: int, wanted: int) -> None:
+    given = arguments((2, 160, 320, 200, 3, rank), torch.bfloat16, torch.float32)
     dy = torch.randn(2, 160, 200, device="cuda", dtype=torch.bfloat16)
     whole = dict(zip(NAMES, results(ops, given, dy)[1:]))
     names = [n for i, n in enumerate(NAMES) if wanted >> i & 1]
@@ -113,15 +137,15 @@ def test_gradients_for_what_asks(variant: str, wanted: int) -> None:
             assert torch.equal(grad, whole[name]), name
 
 
-def test_same_bits_twice(variant: str) -> None:
-    given = arguments((2, 1000, 640, 648, 3, 4), torch.bfloat16, torch.float32)
+def test_same_bits_twice(variant: str, rank: int) -> None:
+    given = arguments((2, 1000, 640, 648, 3, rank), torch.bfloat16, torch.float32)
     dy = torch.randn(2, 1000, 648, device="cuda", dtype=torch.bfloat16)
     for a, b in zip(results(ops, given, dy), results(ops, given, dy)):
         assert torch.equal(a, b)
 
 
-def test_graph_capture(variant: str) -> None:
-    given = arguments((2, 512, 320, 320, 3, 4), torch.bfloat16, torch.float32)
+def test_graph_capture(variant: str, rank: int) -> None:
+    given = arguments((2, 512, 320, 320, 3, rank), torch.bfloat16, torch.float32)
     dy = torch.randn(2, 512, 320, device="cuda", dtype=torch.bfloat16)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -140,8 +164,8 @@ def test_graph_capture(variant: str) -> None:
             assert torch.equal(a, b)
 
 
-def test_strided_rows(variant: str) -> None:
-    shape = (2, 300, 320, 200, 3, 4)
+def test_strided_rows(variant: str, rank: int) -> None:
+    shape = (2, 300, 320, 200, 3, rank)
     given = arguments(shape, torch.bfloat16, torch.float32)
     dy = torch.randn(2, 300, 200, device="cuda", dtype=torch.bfloat16)
     want = results(ops, given, dy)
@@ -197,10 +221,7 @@ def test_an_expanded_upstream_gradient() -> None:
         assert tolerances.error(a, b) <= tolerances.LOW[torch.bfloat16]
 
 
-@pytest.mark.parametrize("rank", [4, 16])
 def test_the_first_call_of_a_thread(variant: str, rank: int) -> None:
-    if variant == "mma" and rank == 16:
-        pytest.skip("mma takes R up to 32")
     given = arguments((2, 512, 320, 320, 3, rank), torch.bfloat16, torch.float32)
     dy = torch.randn(2, 512, 320, device="cuda", dtype=torch.bfloat16)
     want = results(ops, given, dy)
@@ -213,10 +234,11 @@ def test_the_first_call_of_a_thread(variant: str, rank: int) -> None:
         assert torch.equal(a, b)
 
 
-def test_kernels_a_layer() -> None:
+@pytest.mark.parametrize("each", [4, 32])
+def test_kernels_a_layer(each: int) -> None:
     from torch.profiler import ProfilerActivity, profile
 
-    given = arguments((4, 1024, 1280, 1280, 3, 4), torch.bfloat16, torch.float32)
+    given = arguments((4, 1024, 1280, 1280, 3, each), torch.bfloat16, torch.float32)
     dy = torch.randn(4, 1024, 1280, device="cuda", dtype=torch.bfloat16)
     results(ops, given, dy)
     counts = []
@@ -231,5 +253,6 @@ def test_kernels_a_layer() -> None:
             torch.cuda.synchronize()
         on_device = torch.autograd.DeviceType.CUDA
         counts.append(sum(e.device_type == on_device for e in session.events() or ()))
-    assert counts[0] <= 3
-    assert counts[1] <= 5
+    wide = each == 32 and torch.cuda.get_device_capability() != (9, 0)  # the vendor's products
+    assert counts[0] <= (5 if wide else 3)
+    assert counts[1] <= (13 if wide else 5)

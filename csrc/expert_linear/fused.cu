@@ -138,6 +138,7 @@ fera_status before(const Args& a, void* workspace, bool follows, const fera_cont
 fera_status launch_products(const char* op, const Products& p, bool follows, cudaStream_t stream) {
   if (p.place == Place::inside) return launch_products<Place::inside>(op, p, follows, stream);
   if (p.place == Place::beside) return launch_products<Place::beside>(op, p, follows, stream);
+  if (p.place == Place::wide) return launch_wide_products(op, p, follows, stream);
   return launch_products<Place::outside>(op, p, follows, stream);
 }
 
@@ -166,7 +167,20 @@ static const char* wished_place() {
 // Inside, h costs its share of the product, again in every column tile of about 200. Beside, 128 rows of x are read by
 // one multiprocessor before the tiles of those rows can end; that pays where the share is above some 15 us (H200:
 // inside wins by 3 % of the forward pass at 4608 x 3072 x 3072, loses as much at 4608 x 3072 x 12288).
+// Wide ranks: beside the product's tiles, unless tiles of rows, which end with their gate row, would be far from full,
+// the weights of each gate row large, tokens so few that blocks should share a loop over k, or weights so large that
+// the wider tiles of the product alone read less (H200: at 3072 x 12288 by a tenth).
+constexpr int64_t kLeastWideTokens = 256, kFewWideTokens = 1024, kMostWideWeights = 25000000;
+Place wide_place(const fera_experts& e) {
+  if (const char* wish = wished_place()) return std::strcmp(wish, "outside") == 0 ? Place::outside : Place::wide;
+  const int64_t gates = e.tokens / e.rows_per_gate;
+  const bool fills = 8 * wide_flags(e) * kFusedRows <= 9 * e.tokens || e.tokens <= kFewWideTokens;
+  const bool few_gates = 2 * gates * stacked_of(e) <= std::max(e.tokens, kFewWideTokens);
+  return e.tokens >= kLeastWideTokens && e.in * e.out <= kMostWideWeights && fills && few_gates ? Place::wide
+                                                                                                : Place::outside;
+}
 Place fused_place(const fera_expert_update_args& a) {
+  if (wide_ranks(a.experts)) return wide_place(a.experts);
   if (const char* wish = wished_place())
     return std::strcmp(wish, "inside") == 0   ? Place::inside
            : std::strcmp(wish, "beside") == 0 ? Place::beside
@@ -181,27 +195,28 @@ Place fused_place(const fera_expert_update_args& a) {
 Place fused_place(const fera_expert_update_backward_args& a) {
   const char* wish = wished_place();
   if (a.dx.data == nullptr || repeats(a.x, a.experts.in)) return Place::outside;
+  if (wide_ranks(a.experts)) return wide_place(a.experts);
   return wish != nullptr && std::strcmp(wish, "outside") == 0 ? Place::outside : Place::beside;
 }
 
-size_t fused_workspace(const fera_expert_update_args& a, Place place) { return layout(a, place, nullptr).bytes; }
-size_t fused_workspace(const fera_expert_update_backward_args& a, Place place) {
-  return layout(a, place, nullptr).bytes;
+template <class Args>
+static size_t workspace_of(const Args& a, Place place) {
+  if (place == Place::wide) return wide_members_workspace(a);
+  return wide_ranks(a.experts) ? wide_workspace(a) : layout(a, place, nullptr).bytes;
 }
-size_t fused_workspace(const fera_expert_update_args& a) {
-  return wide_ranks(a.experts) ? wide_workspace(a) : fused_workspace(a, fused_place(a));
-}
-size_t fused_workspace(const fera_expert_update_backward_args& a) {
-  return wide_ranks(a.experts) ? wide_workspace(a) : fused_workspace(a, fused_place(a));
-}
+size_t fused_workspace(const fera_expert_update_args& a, Place place) { return workspace_of(a, place); }
+size_t fused_workspace(const fera_expert_update_backward_args& a, Place place) { return workspace_of(a, place); }
+size_t fused_workspace(const fera_expert_update_args& a) { return workspace_of(a, fused_place(a)); }
+size_t fused_workspace(const fera_expert_update_backward_args& a) { return workspace_of(a, fused_place(a)); }
 
 fera_status fused_members(const char* op, int members, const Call<fera_expert_update_args>* calls, Place place,
                           const fera_context* context) {
+  if (place == Place::wide) return wide_members(op, members, calls, context);
   const cudaStream_t stream = stream_of(context);
   Packs packs{};
   Products products{members, false, place, {}, 0, {}};
   for (int i = 0; i < members; ++i) plan(*calls[i].args, place, calls[i].workspace, &packs, &products.member[i]);
-  launch_pack(products.member[0].x.dtype, packs, stream);
+  FERA_RETURN_IF_ERROR(launch_pack(op, products.member[0].x.dtype, packs, stream));
   for (int i = 0; i < members && place == Place::outside; ++i)
     FERA_RETURN_IF_ERROR(before(*calls[i].args, calls[i].workspace, true, context));
   return launch_products(op, products, true, stream);
@@ -209,6 +224,7 @@ fera_status fused_members(const char* op, int members, const Call<fera_expert_up
 
 fera_status fused_members(const char* op, int members, const Call<fera_expert_update_backward_args>* calls, Place place,
                           const fera_context* context) {
+  if (place == Place::wide) return wide_members(op, members, calls, context);
   const cudaStream_t stream = stream_of(context);
   Packs packs{};
   const fera_expert_update_backward_args& first = *calls[0].args;
@@ -221,7 +237,7 @@ fera_status fused_members(const char* op, int members, const Call<fera_expert_up
     if (place == Place::beside) reduce[i] = beside_sums(*args[i], calls[i].workspace);
   }
   const bool packed = packs.pieces > 0;
-  if (packed) launch_pack(products.member[0].x.dtype, packs, stream);
+  if (packed) FERA_RETURN_IF_ERROR(launch_pack(op, products.member[0].x.dtype, packs, stream));
   for (int i = 0; i < members && place == Place::outside; ++i)
     FERA_RETURN_IF_ERROR(before(*args[i], calls[i].workspace, packed || i > 0, context));
   if (products.member[0].y.data == nullptr) return launch_status(op);
@@ -232,9 +248,10 @@ fera_status fused_members(const char* op, int members, const Call<fera_expert_up
 fera_status fused_launch(const fera_expert_update_args& a, const fera_context* context) {
   const char* op = "expert_update";
   const fera_experts& e = a.experts;
-  if (!wide_ranks(e)) {
+  const Place place = fused_place(a);
+  if (!wide_ranks(e) || place == Place::wide) {
     const Call<fera_expert_update_args> call{&a, context->workspace};
-    return fused_members(op, 1, &call, fused_place(a), context);
+    return fused_members(op, 1, &call, place, context);
   }
   LowRank term{};
   FERA_RETURN_IF_ERROR(wide_down(a, context, &term));
@@ -245,9 +262,10 @@ fera_status fused_launch(const fera_expert_update_args& a, const fera_context* c
 fera_status fused_launch(const fera_expert_update_backward_args& a, const fera_context* context) {
   const char* op = "expert_update_backward";
   const fera_experts& e = a.experts;
-  if (!wide_ranks(e)) {
+  const Place place = fused_place(a);
+  if (!wide_ranks(e) || place == Place::wide) {
     const Call<fera_expert_update_backward_args> call{&a, context->workspace};
-    return fused_members(op, 1, &call, fused_place(a), context);
+    return fused_members(op, 1, &call, place, context);
   }
   LowRank term{};
   FERA_RETURN_IF_ERROR(wide_across(a, context, &term));

@@ -26,12 +26,9 @@ namespace fera::cuda {
 
 constexpr int kFusedShared = 227 * 1024;  // a block's on sm_90
 
-template <int kValue>
-using Constant = std::integral_constant<int, kValue>;
-
 struct FusedMaps {
   CUtensorMap x[kMembers], w[kMembers], u[kMembers], v[kMembers], y[kMembers];  // u: A if kInside
-  CUtensorMap narrow[kMembers], other;  // kBeside: A forward, B backward; backward the forward's x
+  CUtensorMap narrow[kMembers], other;  // kBeside: A forward, B backward; backward the forward's x, if narrow
 };
 
 template <class T>
@@ -47,9 +44,8 @@ struct FusedShape {
   int rows;    // T
   int members;
   bool summed;
-  int row_tiles, column_tiles, tiles;  // row_tiles: clusters' worth
-  int items, lead;                     // kBeside: items of work beside the tiles, and those before the first tile
-  int other_blocks;                    // of 64 columns of `other`
+  Schedule plan;
+  int other_blocks;  // of 64 columns of `other`
 };
 
 // A tile's place, the member that it is written for, and the members [first, last) whose products it sums.
@@ -65,24 +61,29 @@ struct FusedSize {
   static constexpr int w_bytes = kNMajor ? boxes * 64 * kFusedDepth * 2 : kN * kFusedDepth * 2;
   static constexpr int narrow_bytes = kInside * kFusedDepth * 2;
   static constexpr int stage = x_bytes + w_bytes + narrow_bytes;
-  static constexpr int staging = 2 * 2 * 64 * 64 * 2;  // of each warpgroup, two pieces of 64 columns
-  static constexpr int stages = (kFusedShared - 1024 - 256 - staging) / stage;
+  // Results leave by pieces of 64 columns of a warp's 16 rows. A warp stages all of a tile, so that it waits once,
+  // where that leaves four stages to the ring; else two pieces take turns.
+  static constexpr int pieces = (kN + 63) / 64;
+  static constexpr int stages_beside(int buffers) {
+    return (kFusedShared - 1024 - 256 - 8 * buffers * kPieceBytes) / stage;
+  }
+  static constexpr int buffers = stages_beside(pieces) >= 4 ? pieces : 2;
+  static constexpr int own = buffers * kPieceBytes;  // a warp's
+  static constexpr int staging = 8 * own;
+  static constexpr int stages = stages_beside(buffers);
   static constexpr int bytes = stages * stage + staging + 256 + 1024;  // 1024: to align the start
+  static_assert(staging >= 16384, "U of the items beside the tiles lies there too");
 };
 
-// Tile `index` of a cluster. Rows go in bands of at most ten clusters, columns within a band, so that the tiles at work
-// at one time share rows and columns in L2.
-__host__ __device__ inline int band_height(int row_tiles) { return ceil_div(row_tiles, ceil_div(row_tiles, 10)); }
+// Tile `index` of a cluster.
 template <int kN, int kCluster, class T>
 __device__ inline FusedTile fused_tile(const FusedShape<T>& s, int index, int rank) {
-  const int height = band_height(s.row_tiles);
-  const int band = index / (height * s.column_tiles), inside = index - band * height * s.column_tiles;
-  const int rows = min(height, s.row_tiles - band * height), column = inside / rows;
+  const TilePlace at = tile_at(s.plan, index);
   int member = 0;
   if (!s.summed)
-    while (member + 1 < s.members && column >= s.first_tile[member + 1]) ++member;
-  return {((band * height + inside % rows) * kCluster + rank) * kFusedRows, (column - s.first_tile[member]) * kN,
-          member, s.summed ? 0 : member, s.summed ? s.members : member + 1};
+    while (member + 1 < s.members && at.column >= s.first_tile[member + 1]) ++member;
+  return {(at.row * kCluster + rank) * kFusedRows, (at.column - s.first_tile[member]) * kN, member,
+          s.summed ? 0 : member, s.summed ? s.members : member + 1};
 }
 
 template <class T, int kN, bool kNMajor, int kCluster, int kInside, int kBeside>
@@ -91,11 +92,13 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
 #if defined(FERA_SM90A)
   using Size = FusedSize<kN, kNMajor, kInside>;
   constexpr int kStages = Size::stages;
+  // Of the 168 a thread that a block gets, so that 128 of these and 256 of the others are no more.
+  constexpr int kProducerRegisters = kBeside == 32 ? 40 : 56;
   extern __shared__ unsigned char raw[];
   const uint32_t base = (shared_address(raw) + 1023) / 1024 * 1024;
   const uint32_t staging = base + kStages * Size::stage, full = staging + Size::staging, empty = full + kStages * 8;
   const Queue<kCluster> queue{empty + kStages * 8};
-  const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 % 4), lane = threadIdx.x % 32;
   const int rank = kCluster == 1 ? 0 : cluster_rank();
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
 
@@ -116,7 +119,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     cluster_meet();
 
   if (group == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
     if (threadIdx.x == 0) {
       int stage = 0;
       bool waited = false;
@@ -130,16 +133,16 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         wait_once();
         if (rank == 0) claimed = atomicAdd(shape.queue, 1);
       }
-      for (int next = cluster; kBeside > 0 || next < shape.tiles; next += clusters) {
+      for (int next = cluster; kBeside > 0 || next < shape.plan.tiles; next += clusters) {
         int index = next;
         if constexpr (kBeside > 0) {
           if (rank == 0) queue.offer(turn, claimed);
           index = queue.receive(turn++);
-          if (index >= shape.items + shape.tiles) break;
+          if (index >= shape.plan.works) break;
           if (rank == 0) claimed = atomicAdd(shape.queue, 1);  // on its way while the copies below are started
-          const Work work = work_at(index, shape.items, shape.lead, shape.members, shape.column_tiles);
+          const Work work = work_at(shape.plan, index);
           index = work.index;
-          if (work.item) {
+          if (work.kind == Kind::project) {
             const int member = index % shape.members, row = (index / shape.members * kCluster + rank) * kFusedRows;
             const int first = pairs_of(shape.blocks[member]);
             const int others = kNMajor && shape.beside[member].da != nullptr ? pairs_of(shape.other_blocks) : 0;
@@ -201,23 +204,25 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(252 - kProducerRegisters / 2));
     const int half = group - 1;
     int stage = 0;
     uint32_t parity = 0;
-    const uint32_t mine = staging + half * (Size::staging / 2);
+    const uint32_t own = staging + (half * 4 + warp) * Size::own;
     auto release = [&](int s) {
       if (lane < kCluster) barrier_arrive(empty + s * 8, lane);
     };
     int turn = 0;
-    for (int next = cluster; kBeside > 0 || next < shape.tiles; next += clusters) {
+    constexpr int kWhole = kN + kInside;
+    float sum[kWhole / 2];  // h last
+    for (int next = cluster; kBeside > 0 || next < shape.plan.tiles; next += clusters) {
       int index = next;
       if constexpr (kBeside > 0) {
         index = queue.take(turn++, lane);
-        if (index >= shape.items + shape.tiles) break;
-        const Work work = work_at(index, shape.items, shape.lead, shape.members, shape.column_tiles);
+        if (index >= shape.plan.works) break;
+        const Work work = work_at(shape.plan, index);
         index = work.index;
-        if (work.item) {
+        if (work.kind == Kind::project) {
           const int member = index % shape.members, row = (index / shape.members * kCluster + rank) * kFusedRows;
           const Beside<T>& side = shape.beside[member];
           beside_rows<T, kNMajor, kBeside, kCluster, Size>(shape.hidden[member], side, shape.rows, shape.blocks[member],
@@ -227,8 +232,6 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         }
       }
       const FusedTile tile = fused_tile<kN, kCluster>(shape, index, rank);
-      constexpr int kWhole = kN + kInside;
-      float sum[kWhole / 2];  // h last
       int before = -1;
       // One block of the ring: kFixed steps of 16 along k, or `steps` where that is 0. Not as a loop where it can be
       // helped: behind a branch the compiler puts a wait before a product.
@@ -260,13 +263,16 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         const int blocks = shape.blocks[member];
         Factors<kInside> factors;
         if constexpr (kInside > 0) factors.load(shape.hidden[member], tile.row + half * 64 + place, shape.rows, lane);
-        for (int i = 0; i < blocks; ++i) multiply(Constant<kWhole>{}, Constant<4>{}, i > 0 || member > tile.first);
+        // Whole blocks of u V are like those of x W.
+        const int whole = kBeside == 0 && kInside == 0 ? shape.rank_steps[member] / 4 : 0;
+        for (int i = 0; i < blocks + whole; ++i)
+          multiply(Constant<kWhole>{}, Constant<4>{}, i > 0 || member > tile.first);
         if constexpr (kBeside > 0) {
           multiply(Constant<kN>{}, Constant<kBeside / 16>{}, true);
-        } else if constexpr (kInside == 0) {
-          for (int steps = shape.rank_steps[member]; steps > 0; steps -= 4)
-            multiply(Constant<kN>{}, Constant<0>{}, true, min(4, steps));
-        } else {
+        } else if constexpr (kBeside == 0 && kInside == 0) {
+          const int rest = shape.rank_steps[member] % 4;
+          if (rest > 0) multiply(Constant<kN>{}, Constant<0>{}, true, rest);
+        } else if constexpr (kInside > 0) {
           products_wait<0>();
           pin(sum);
           release(before);
@@ -284,50 +290,39 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
       pin(sum);
       release(before);
 
-      const T* bias_of = shape.bias[tile.member];
-      const int row = tile.row + half * 64, column = tile.column, columns = shape.columns[tile.member];
-      // Pieces of 64 columns as two boxes of 32, so that every kN is whole boxes; two pieces take turns.
+      const int columns = shape.columns[tile.member];
+      if (const T* bias = shape.bias[tile.member]) {
+        const int first = tile.column + 2 * (lane % 4);
 #pragma unroll
-      for (int piece_at = 0; piece_at < kN; piece_at += 64) {
-        const uint32_t buffer = mine + piece_at / 64 % 2 * 8192;
-        // The first piece of a tile may take the buffer of the last one's last store, where pieces are an odd number.
-        if (warp == 0 && lane == 0) {
-          if (piece_at == 0)
-            wait_stores<0>();
-          else
-            wait_stores<1>();
+        for (int n = 0; n < kN / 8; ++n) {
+          float2 v = make_float2(0.f, 0.f);
+          if (first + n * 8 < columns) v = unpack<T>(*reinterpret_cast<const uint32_t*>(bias + first + n * 8));
+          sum[n * 4] += v.x, sum[n * 4 + 1] += v.y, sum[n * 4 + 2] += v.x, sum[n * 4 + 3] += v.y;
         }
-        warpgroup_meet(1 + half);
+      }
+      const int row = tile.row + half * 64 + warp * kPieceRows;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {  // 16 columns
-          const int c = piece_at + j * 16;
-          if (c >= kN) continue;
-          uint32_t packed[4];
+      for (int first = 0; first < Size::pieces; first += Size::buffers) {
+        if (lane == 0) wait_stores<0>();  // of what was in the buffers before
+        __syncwarp();
 #pragma unroll
-          for (int side = 0; side < 2; ++side) {
-            const int at = c / 2 + side * 4;
-            float2 bias = make_float2(0.f, 0.f);
-            const int where = column + c + side * 8 + 2 * (lane % 4);
-            if (bias_of != nullptr && where < columns)
-              bias = unpack<T>(*reinterpret_cast<const uint32_t*>(bias_of + where));
-            packed[side * 2] = pack<T>(sum[at] + bias.x, sum[at + 1] + bias.y);
-            packed[side * 2 + 1] = pack<T>(sum[at + 2] + bias.x, sum[at + 3] + bias.y);
-          }
-          store_tiles(buffer + j / 2 * 4096 + piece<4>(warp * 16 + lane % 16, j % 2 * 2 + lane / 16), packed[0],
-                      packed[1], packed[2], packed[3]);
-        }
+        for (int p = first; p < first + Size::buffers && p < Size::pieces; ++p)
+          stage_piece(own + (p - first) * kPieceBytes, lane, kN - p * 64, [&](int c, int upper) {
+            const int at = p * 32 + c / 2 + upper * 2;
+            return pack<T>(sum[at], sum[at + 1]);
+          });
         publish_shared();
-        warpgroup_meet(1 + half);
-        if (warp == 0 && lane == 0) {
+        __syncwarp();
+        if (lane == 0) {
 #pragma unroll
-          for (int box = 0; box < 2; ++box)
-            if (piece_at + box * 32 < kN && column + piece_at + box * 32 < columns)
-              store_box(maps.y[tile.member], column + piece_at + box * 32, row, buffer + box * 4096);
+          for (int c = first * 64; c < (first + Size::buffers) * 64 && c < kN; c += 32)
+            if (tile.column + c < columns)
+              store_box(maps.y[tile.member], tile.column + c, row, own + (c - first * 64) / 32 * (kPieceBytes / 2));
           commit_stores();
         }
       }
     }
-    if (warp == 0 && lane == 0) wait_stores<0>();
+    if (lane == 0) wait_stores<0>();
   }
   // No block of the cluster leaves while another may still write into its stages or arrive at its barriers.
   __syncwarp();

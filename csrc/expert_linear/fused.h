@@ -8,28 +8,45 @@
 namespace fera::cuda {
 
 // Where u = gate scale h is made: by another kernel, inside the product's tiles (forward alone, fused.cuh), or by items
-// of work beside them (fused_beside.cuh). Backward likewise u = gate scale dh.
-enum class Place { outside, inside, beside };
+// of work beside them (fused_beside.cuh). Backward likewise u = gate scale dh. wide: R > 32, beside the tiles too, but
+// u is h or dh itself, and V has gate and scale in it (fused_wide.cuh).
+enum class Place { outside, inside, beside, wide };
 
 // The narrow product of the same kernel: h = x A^T rounded to x's dtype, or dh = dy B, not rounded.
 struct Narrow {
-  const void* a;  // A or B^T (rank, K), R padded to rank = 16 or 32, x's dtype
+  const void* a;  // A or B^T (rank, K), R padded to rank = 16 or 32, x's dtype; wide: A (R, K) or B (K, R)
   const float* gate;
   int rows_per_gate, experts, each;  // each: ranks of an expert
   float scale;
   void* h;  // forward: (T, R), x's dtype
 };
 
-// What Place::beside needs besides.
+// Of wide ranks, how tokens are cut into slices for dy^T h or dh^T x, (m, n): a partial sum each. A slice is of one
+// layer: a gate row, or all there is; steps are of 64 tokens.
+struct Slices {
+  int64_t m, n;
+  int layers, steps, steps_per_slice, slices_per_gate;
+  int count() const { return slices_per_gate * layers; }
+};
+
+// What Place::beside and Place::wide need besides.
 struct Items {
-  int* ready;        // 1 + beside_flags(T) numbers, zeros: the queue (of the first member) and the flags
+  int* ready;        // 1 + beside_flags(T) numbers, zeros: the queue (of the first member) and the flags or arrivals
   const void* h;     // the rest backward: the forward's, (T, R) in x's dtype
-  float *db, *da;    // a partial sum for each 128 rows, (R, width); NULL where not asked for
-  float* gate_sums;  // (16 rows each, 2, rank); or NULL
+  float *db, *da;    // a partial sum for each 128 rows, (R, width); wide: a slice, like B and A. NULL: not asked for
+  float* gate_sums;  // (16 rows each, 2, rank); wide: (slice, 128 of out, R); or NULL
+  // wide: gate rows, of which each has its V; the cuts.
+  int layers;
+  Slices db_slices, da_slices;
 };
 inline int64_t beside_flags(int64_t tokens) { return (tokens + 255) / 256 * 2; }  // a cluster's rows are 256 at most
+// Tiles of 128 rows that do not cross gate rows, of whole clusters of up to four.
+inline int64_t wide_flags(const fera_experts& e) {
+  return (e.tokens / e.rows_per_gate * ((e.rows_per_gate + 127) / 128) + 3) / 4 * 4;
+}
 
-// One product: y (T, N) = x (T, K) W + bias + u (T, rank) V, all of one 16-bit dtype; rank a multiple of 16.
+// One product: y (T, N) = x (T, K) W + bias + u (T, rank) V, all of one 16-bit dtype; rank a multiple of 16. wide: u is
+// written here, and V is one a gate row.
 struct Product {
   fera_rows x, weight, y;
   bool n_major;  // W is stored (K, N) and V (rank, N); else (N, K) and (N, rank)
@@ -39,6 +56,9 @@ struct Product {
   Narrow narrow;
   Items items;
 };
+
+// Microseconds on an H200 of an item of `steps` blocks of the ring, 128 x 128 each, of wide ranks, beside another.
+inline double wide_item_time(double steps) { return 3 + 0.7 * steps; }
 
 // Up to four in one kernel, all n_major or none. Of one x, each with its own y; or, summed, into one y (of the first).
 struct Products {
@@ -51,6 +71,7 @@ struct Products {
 };
 // `follows`: the kernel before it on the stream is of the same call and lets it start early.
 fera_status launch_products(const char* op, const Products& p, bool follows, cudaStream_t stream);
+fera_status launch_wide_products(const char* op, const Products& p, bool follows, cudaStream_t stream);
 
 // Whether the variant takes these operands on the current device, and why not ("" if it does).
 const char* fused_refuses(const fera_expert_update_args& a);
@@ -63,8 +84,8 @@ fera_status fused_launch(const fera_expert_update_args& a, const fera_context* c
 
 fera_status fused_launch(const fera_expert_update_backward_args& a, const fera_context* context);
 
-// Calls with R <= 32, for groups: the place of h (dh), of all members alike; the call of up to four linears of one x,
-// each with its workspace. Backward sums their dx into the first one's.
+// For groups: the place of h (dh), of all members alike; the call of up to four linears of one x, each with its
+// workspace (wide ranks: Place::wide alone). Backward sums their dx into the first one's.
 Place fused_place(const fera_expert_update_args& a);
 Place fused_place(const fera_expert_update_backward_args& a);
 size_t fused_workspace(const fera_expert_update_args& a, Place place);

@@ -6,11 +6,12 @@
 //
 // Clusters take items and tiles from one counter, a row's items before its tiles. So whoever waits for a flag waits for
 // a cluster that runs and that waits for nobody: no launch can lock itself up, however few of its blocks are resident.
-// Most items are spread among the tiles of rows before theirs (`work_at`), and a cluster that takes an item takes fewer
-// tiles.
+// Most items are spread among the tiles of rows before theirs (schedule.cuh), and a cluster that takes an item takes
+// fewer tiles.
 #pragma once
 
 #include "expert_linear/fused_hidden.cuh"
+#include "expert_linear/schedule.cuh"
 
 namespace fera::cuda {
 
@@ -39,7 +40,8 @@ template <class Size, int kBeside>
 constexpr bool kPairStage = 2 * kBesideBytes<kBeside> <= Size::stage;
 
 // How the blocks of a cluster learn what to work on: two slots in shared memory, filled by the first block's producer.
-template <int kCluster>
+// kTakers: of a block, its producer and the warps that take a slot.
+template <int kCluster, int kTakers = 9>
 struct Queue {
   uint32_t full;  // 2 barriers; then 2 of `empty`, used in the first block, and 2 slots
   __device__ uint32_t full_of(int slot) const { return full + slot * 8; }
@@ -49,7 +51,7 @@ struct Queue {
   __device__ void init() const {
     for (int s = 0; s < 2; ++s) {
       barrier_init(full_of(s), 1);
-      barrier_init(empty_of(s), 9 * kCluster);  // the producer and eight warps of each block
+      barrier_init(empty_of(s), kTakers * kCluster);
     }
   }
   // By the first block's producer, before its own `receive` of that turn.
@@ -88,23 +90,6 @@ struct Queue {
   }
 };
 
-// What the queue's number `at` is: `lead` items, then tiles and items in proportion, a row's tiles to a row's items. A
-// multiple of the members and at least a band's, `lead` puts every item before the tiles of its rows: those of row tile
-// q start at the q-th period, when lead + q * members items are out, and a band's rows are taken together.
-struct Work {
-  bool item;
-  int index;  // of items or of tiles
-};
-__device__ inline Work work_at(int at, int items, int lead, int members, int column_tiles) {
-  if (at < lead) return {true, at};
-  at -= lead;
-  const int period = column_tiles + members, whole = at / period, rest = at - whole * period;
-  if (whole >= (items - lead) / members) return {false, at - (items - lead)};
-  const int before = rest * members / period;  // of the period
-  const bool item = (rest + 1) * members / period > before;
-  return {item, item ? lead + whole * members + before : at - whole * members - before};
-}
-
 struct BesideShared {
   uint32_t base, full, empty, u;  // the ring, its barriers, and 16 KiB for U: 128 rows of 128 bytes, swizzled
 };
@@ -138,7 +123,7 @@ __device__ inline void beside_rows(const Hidden& hidden, const Beside<T>& side, 
   };
   float h[2][kTiles][2];
   if constexpr (kBack) {
-    if (warp == 0 && lane == 0) wait_stores<0>();  // of the tile before, whose staging area U takes
+    if (lane == 0) wait_stores<0>();  // of the tile before, whose staging area U takes
     warpgroups_meet<kBoth>(kMeet);
     accumulators([&](int upper, int n, int i) {
       const int t = row + place + upper * 8, q = n * 8 + column + i;

@@ -15,9 +15,20 @@ namespace {
 // Where every member's h (dh) is made: the product's kernel makes them of one padded rank.
 template <class Group>
 Place group_place(const Group& g) {
-  for (int i = 1; i < g.members; ++i)
-    if (padded(g.member[i].experts) != padded(g.member[0].experts)) return Place::outside;
+  const fera_experts& first = g.member[0].experts;
+  for (int i = 1; i < g.members && !wide_ranks(first); ++i)
+    if (padded(g.member[i].experts) != padded(first)) return Place::outside;
   return fused_place(g.member[0]);
+}
+
+// Why members are left to themselves, or "".
+template <class Group>
+const char* refuses(const Group& g, int i) {
+  const fera_experts &e = g.member[i].experts, &first = g.member[0].experts;
+  if (wide_ranks(e) != wide_ranks(first) || (wide_ranks(e) && stacked_of(e) != stacked_of(first)))
+    return "experts * rank differ and are above 32";
+  if (wide_ranks(e) && group_place(g) != Place::wide) return "experts * rank is above 32 and tokens are few";
+  return fused_refuses(g.member[i]);
 }
 
 // A member's share of the workspace.
@@ -74,7 +85,7 @@ fera_status check_group(const char* op, const Group& g) {
     FERA_CHECK(op, g.member[i].x.data == g.member[0].x.data && g.member[i].x.dtype == g.member[0].x.dtype, "x",
                "that of the first member", "another");
     FERA_CHECK(op, e.tokens >= 1, "tokens", "at least 1", e.tokens);
-    const char* why = cuda::wide_ranks(e) ? "experts * rank is above 32" : cuda::fused_refuses(g.member[i]);
+    const char* why = cuda::refuses(g, i);
     FERA_CHECK(op, *why == 0, "members", std::string("separate where ") + why, g.members);
   }
   return FERA_OK;

@@ -9,7 +9,7 @@
 #include "expert_linear/fused.cuh"
 #include "expert_linear/fused.h"
 #include "expert_linear/fused_host.h"
-#include "expert_linear/operands.h"
+#include "expert_linear/launch.h"
 
 namespace fera::cuda {
 
@@ -26,7 +26,7 @@ bool encode(FusedMaps* maps, int i, const Product& p) {
          (kPlace == Place::inside ? narrow(&maps->u[i])
                                   : encode_rows(&maps->u[i], t, p.u, p.rank, p.rows, p.rank, 64, kFusedRows)) &&
          (kPlace != Place::beside || narrow(&maps->narrow[i])) &&
-         encode_rows(&maps->y[i], t, p.y.data, p.columns, p.rows, p.y.stride, 32, 64) &&
+         encode_rows(&maps->y[i], t, p.y.data, p.columns, p.rows, p.y.stride, 32, kPieceRows) &&
          (kNMajor ? encode_rows(&maps->w[i], t, p.weight.data, p.columns, p.depth, stride, 64, 64) &&
                         encode_rows(&maps->v[i], t, p.v, p.columns, p.rank, p.columns, 64, 64)
                   : encode_rows(&maps->w[i], t, p.weight.data, p.depth, p.columns, stride, 64, kShare) &&
@@ -39,22 +39,21 @@ fera_status launch(const char* op, const Products& p, bool follows, cudaStream_t
   using Size = FusedSize<kN, kNMajor, kInside>;
   FusedMaps maps;
   FusedShape<T> shape{};
+  bool encoded = true;
+  int column_tiles = 0;
   shape.members = p.members;
   shape.summed = p.summed;
   for (int i = 0; i < p.members; ++i) {
     const Product& m = p.member[i];
-    if (!encode<kN, kNMajor, kCluster, kPlace, kNarrow>(&maps, i, m)) {
-      set_last_error(std::string(op) + ": " + fera_last_error());
-      return FERA_CUDA_ERROR;
-    }
+    encoded = encoded && encode<kN, kNMajor, kCluster, kPlace, kNarrow>(&maps, i, m);
     shape.bias[i] = static_cast<const T*>(m.bias);
     shape.columns[i] = static_cast<int>(m.columns);
-    shape.first_tile[i] = p.summed ? 0 : shape.column_tiles;
+    shape.first_tile[i] = p.summed ? 0 : column_tiles;
     shape.blocks[i] = static_cast<int>(ceil_div(m.depth, int64_t{kFusedDepth}));
     shape.rank_steps[i] = ceil_div(m.rank, 16);
     const Narrow& in = m.narrow;
     shape.hidden[i] = {in.gate, in.rows_per_gate, in.experts, in.each, in.scale, in.h};
-    if (i == 0 || !p.summed) shape.column_tiles += static_cast<int>(ceil_div(m.columns, int64_t{kN}));
+    if (i == 0 || !p.summed) column_tiles += static_cast<int>(ceil_div(m.columns, int64_t{kN}));
     if constexpr (kBeside > 0) {
       const Items& items = m.items;
       shape.beside[i] = {static_cast<const T*>(items.h),
@@ -67,40 +66,25 @@ fera_status launch(const char* op, const Products& p, bool follows, cudaStream_t
                          static_cast<int>(p.other_columns)};
     }
   }
-  shape.rows = static_cast<int>(p.member[0].rows);
-  shape.row_tiles = static_cast<int>(ceil_div(p.member[0].rows, int64_t{kFusedRows * kCluster}));
-  shape.tiles = shape.row_tiles * shape.column_tiles;
+  const Product& one = p.member[0];
+  shape.rows = static_cast<int>(one.rows);
+  const int row_tiles = static_cast<int>(ceil_div(one.rows, int64_t{kFusedRows * kCluster}));
+  shape.plan = schedule_of(row_tiles, column_tiles, kBeside > 0 ? p.members : 0, 0, hopper() / kCluster);
   if constexpr (kBeside > 0) {
-    shape.queue = p.member[0].items.ready;
-    shape.items = shape.row_tiles * p.members;
-    // Items come before the tiles of the same rows by twice what the clusters do at one time, else tiles, which may be
-    // shorter, would wait for them.
-    const int ahead = 2 * ceil_div(hopper() / kCluster, shape.column_tiles + p.members);
-    shape.lead = std::min<int>(shape.row_tiles, band_height(shape.row_tiles) + ahead) * p.members;
+    shape.queue = one.items.ready;
     shape.other_blocks = static_cast<int>(ceil_div(p.other_columns, int64_t{kFusedDepth}));
-    if (kNMajor && !encode_rows(&maps.other, p.other.dtype, p.other.data, p.other_columns, p.member[0].rows,
-                                p.other.stride, 64, kFusedRows)) {
-      set_last_error(std::string(op) + ": " + fera_last_error());
-      return FERA_CUDA_ERROR;
-    }
+    if (kNMajor)
+      encoded = encoded && encode_rows(&maps.other, p.other.dtype, p.other.data, p.other_columns, one.rows,
+                                       p.other.stride, 64, kFusedRows);
+  }
+  if (!encoded) {
+    set_last_error(std::string(op) + ": " + fera_last_error());
+    return FERA_CUDA_ERROR;
   }
   const auto kernel = fused_product<T, kN, kNMajor, kCluster, kInside, kBeside>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Size::bytes);
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = kCluster;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(std::min(hopper() / kCluster, shape.items + shape.tiles) * kCluster);
-  config.blockDim = dim3(kFusedThreads);
-  config.dynamicSmemBytes = Size::bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = follows && overlap_wished() ? 2 : 1;
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, maps, shape);
-  return launch_status(op);
+  const int blocks = std::min(hopper() / kCluster, shape.plan.works) * kCluster;
+  return launch_kernel(op, kernel, static_cast<unsigned>(blocks), kFusedThreads, Size::bytes, kCluster, follows, stream,
+                       maps, shape);
 }
 
 // Widths of tiles there are kernels for.

@@ -1,6 +1,7 @@
 // The adapters' weights in x's dtype, ranks padded with zeros, as the tensor maps of the fused kernel read them.
 #pragma once
 
+#include "expert_linear/launch.h"
 #include "expert_linear/tensor_core.cuh"
 
 namespace fera::cuda {
@@ -24,7 +25,8 @@ struct Packs {
 // grid (blocks of the largest piece, pieces)
 template <class T>
 __global__ void __launch_bounds__(kPackThreads) pack_pieces(const __grid_constant__ Packs packs) {
-  let_next_start();
+  wait_for_previous();
+  let_next_start();  // only now: what follows reads what is older than the call before it waits
   const Pack& p = packs.piece[blockIdx.y];
   const int at = blockIdx.x * kPackThreads + threadIdx.x;
   if (at >= p.rows * p.columns) return;
@@ -37,15 +39,13 @@ __global__ void __launch_bounds__(kPackThreads) pack_pieces(const __grid_constan
   static_cast<T*>(p.out)[at] = narrow<T>(v);
 }
 
-inline void launch_pack(fera_dtype dtype, const Packs& packs, cudaStream_t stream) {
+inline fera_status launch_pack(const char* op, fera_dtype dtype, const Packs& packs, cudaStream_t stream) {
   int most = 0;
   for (int i = 0; i < packs.pieces; ++i)
     most = packs.piece[i].rows * packs.piece[i].columns > most ? packs.piece[i].rows * packs.piece[i].columns : most;
   const dim3 grid(static_cast<unsigned>(ceil_div(most, kPackThreads)), static_cast<unsigned>(packs.pieces));
-  if (dtype == FERA_BF16)
-    pack_pieces<Bfloat><<<grid, kPackThreads, 0, stream>>>(packs);
-  else
-    pack_pieces<Half><<<grid, kPackThreads, 0, stream>>>(packs);
+  const auto kernel = dtype == FERA_BF16 ? pack_pieces<Bfloat> : pack_pieces<Half>;
+  return launch_kernel(op, kernel, grid, kPackThreads, 0, 1, waits(kernel), stream, packs);
 }
 
 }  // namespace fera::cuda

@@ -1,6 +1,6 @@
 // The reduction of a whole group's partial sums in one launch.
 #include "expert_linear/fused_reduce.h"
-#include "expert_linear/operands.h"
+#include "expert_linear/launch.h"
 
 namespace fera::cuda {
 namespace {
@@ -27,17 +27,8 @@ fera_status launch_reduce(const char* op, int members, int rank, const ReduceArg
     blocks += member[i].blocks();
   }
   if (blocks == 0) return FERA_OK;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kUpThreads);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap_wished() ? 1 : 0;
-  cudaLaunchKernelEx(&config, rank == 16 ? reduce_all<16> : reduce_all<32>, args);
-  return launch_status(op);
+  return launch_kernel(op, rank == 16 ? reduce_all<16> : reduce_all<32>, static_cast<unsigned>(blocks), kUpThreads, 0,
+                       1, true, stream, args);
 }
 
 }  // namespace fera::cuda

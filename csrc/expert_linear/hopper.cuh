@@ -3,6 +3,8 @@
 
 #include <cuda.h>
 
+#include <type_traits>
+
 #include "expert_linear/tensor_core.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -10,6 +12,9 @@
 #endif
 
 namespace fera::cuda {
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
 
 // ---- barriers in shared memory: addresses are shared_address(...) ----
 __device__ inline void barrier_init(uint32_t barrier, int arrivals) {
@@ -102,12 +107,19 @@ __device__ inline void store_box(const CUtensorMap& map, int column, int row, ui
                "r"(row), "r"(from)
                : "memory");
 }
+__device__ inline void store_cube(const CUtensorMap& map, int column, int row, int layer, uint32_t from) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map),
+               "r"(column), "r"(row), "r"(layer), "r"(from)
+               : "memory");
+}
 __device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until at most `Pending` groups of stores still read shared memory.
 template <int Pending>
 __device__ inline void wait_stores() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
+// Until all stores of this thread are in global memory.
+__device__ inline void stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // What this thread wrote to shared memory is seen by copies and products that are issued after the next barrier.
 __device__ inline void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -118,6 +130,18 @@ __device__ inline void store_tiles(uint32_t address, uint32_t a, uint32_t b, uin
                : "memory");
 }
 
+// 16 rows of at most 64 columns, from a warp's accumulators to `buffer` as two boxes of 32 columns, for store_box: of
+// every 16 columns f(c, upper) is the pair of this lane's numbers in columns c and c + 8, of its first row or the one
+// eight below.
+constexpr int kPieceRows = 16, kPieceBytes = kPieceRows * 64 * 2;
+template <class F>
+__device__ inline void stage_piece(uint32_t buffer, int lane, int columns, F f) {
+#pragma unroll
+  for (int c = 0; c < 64; c += 16)
+    if (c < columns)
+      store_tiles(buffer + c / 32 * (kPieceBytes / 2) + piece<4>(lane % 16, c / 16 % 2 * 2 + lane / 16), f(c, 0),
+                  f(c, 1), f(c + 8, 0), f(c + 8, 1));
+}
 // ---- warpgroup products: d (64 x N, float) = [d +] a (64 x 16) b (16 x N), operands in shared memory ----
 // Operands are tiles of 128-byte rows, swizzled by 128 bytes. k-major: rows of 64 numbers along k, eight rows a
 // kilobyte. n-major: rows of 64 numbers along n; `leading` bytes to the next 64 columns.

@@ -10,7 +10,8 @@
 // blocks read from L2 takes longer than what the device reads from memory.
 #pragma once
 
-#include "expert_linear/wide_ring.cuh"
+#include "expert_linear/wide_cross.cuh"
+#include "expert_linear/wide_sums.h"
 
 namespace fera::cuda {
 
@@ -31,13 +32,8 @@ struct WideProject {
 
 template <class T>
 struct WideCross {
-  int blocks;                   // tiles * slices, of pairs along the longer of rows and columns
-  int row_tiles, column_tiles;  // of left^T right
-  int rows, columns;
-  int steps, steps_per_slice, slices_per_gate;  // a step: 64 tokens of a gate row
-  float* partial;                               // [slice][rows][columns]
-  const T* b;                                   // (rows, columns), like the product
-  float* gate_sums;  // [slice][row tile][columns]: sums over rows of b times the product; or NULL
+  int blocks;  // tiles * slices, of pairs along the longer of rows and columns
+  CrossOf<T> of;
 };
 
 #if defined(FERA_SM90A)
@@ -74,7 +70,10 @@ __device__ inline void project(const WideMaps& maps, const WideProject<T>& p, co
     __syncwarp();
   } else {
     float sum[64];
-    multiply_ring<T, kPair, 0, kNMajor>(ring, count, warp / 4, lane, sum);
+    int stage = 0;
+    uint32_t parity = 0;
+    multiply_stages<T, 0, kNMajor, kWideStages, kWideStage>(ring.base, ring.full, count, warp / 4, stage, parity, sum,
+                                                            [&](int s) { ring.release<kPair>(s, lane); });
     warpgroups_meet();  // the other's products may still read the stages
     const uint32_t to = ring.base + ((warp * 16 + lane / 4) * kWideRow + lane % 4 * 2) * 4;
 #pragma unroll
@@ -131,29 +130,18 @@ __device__ inline void project(const WideMaps& maps, const WideProject<T>& p, co
   }
 }
 
-// Adds over lanes that differ in bit kMask; each keeps half of the values, the upper one the upper half.
-template <int kCount, int kMask>
-__device__ inline void fold(float (&v)[64], int lane) {
-  const bool upper = (lane & kMask) != 0;
-#pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) {
-    const float keep = upper ? v[i + kCount / 2] : v[i], send = upper ? v[i] : v[i + kCount / 2];
-    v[i] = keep + __shfl_xor_sync(0xffffffffu, send, kMask);
-  }
-}
-
 template <class T, int kPair>
 __device__ inline void cross(const WideMaps& maps, const WideCross<T>& c, const WideRing& ring, int index) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = ring.rank % kPair, pair = index / kPair;
   // The tiles along the shorter of rows and columns are neighbours: they share one of the other operand.
-  const bool long_rows = c.column_tiles <= c.row_tiles;
-  const int narrow = min(c.row_tiles, c.column_tiles),
-            tiles = narrow * ceil_div(max(c.row_tiles, c.column_tiles), kPair);
+  const bool long_rows = c.of.column_tiles <= c.of.row_tiles;
+  const int narrow = min(c.of.row_tiles, c.of.column_tiles),
+            tiles = narrow * ceil_div(max(c.of.row_tiles, c.of.column_tiles), kPair);
   const int slice = pair / tiles, along = pair % tiles / narrow * kPair + mine, across = pair % narrow;
   const int row_tile = long_rows ? along : across;
   const int row = row_tile * kWideTile, column = (long_rows ? across : along) * kWideTile;
-  const int gate_row = slice / c.slices_per_gate, first = slice % c.slices_per_gate * c.steps_per_slice;
-  const int count = min(c.steps_per_slice, c.steps - first);
+  const int gate_row = slice / c.of.slices_per_gate, first = slice % c.of.slices_per_gate * c.of.steps_per_slice;
+  const int count = min(c.of.steps_per_slice, c.of.steps - first);
   if (warp == kWideWarps) {
     if (lane == 0)
       fill_ring(ring, count, [&](int i, uint32_t to, uint32_t barrier) {
@@ -175,51 +163,18 @@ __device__ inline void cross(const WideMaps& maps, const WideCross<T>& c, const 
     return;
   }
   float sum[64];
-  multiply_ring<T, kPair, 1, 1>(ring, count, warp / 4, lane, sum);
-  const int at_row = row + warp * 16 + lane / 4, at_column = column + lane % 4 * 2;
-  float* const out = c.partial + (static_cast<int64_t>(slice) * c.rows + at_row) * c.columns + at_column;
-#pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    if (at_column + j * 8 >= c.columns) continue;
-    if (at_row < c.rows) *reinterpret_cast<float2*>(out + j * 8) = make_float2(sum[j * 4], sum[j * 4 + 1]);
-    if (at_row + 8 < c.rows)
-      *reinterpret_cast<float2*>(out + int64_t{8} * c.columns + j * 8) = make_float2(sum[j * 4 + 2], sum[j * 4 + 3]);
-  }
-  if (c.gate_sums == nullptr) return;
-  const T* const b = c.b + static_cast<int64_t>(at_row) * c.columns + at_column;
-#pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    float2 upper = make_float2(0.f, 0.f), lower = upper;
-    if (at_column + j * 8 < c.columns) {
-      if (at_row < c.rows) upper = unpack<T>(*reinterpret_cast<const uint32_t*>(b + j * 8));
-      if (at_row + 8 < c.rows)
-        lower = unpack<T>(*reinterpret_cast<const uint32_t*>(b + int64_t{8} * c.columns + j * 8));
-    }
-    const float even = sum[j * 4] * upper.x + sum[j * 4 + 2] * lower.x;
-    const float odd = sum[j * 4 + 1] * upper.y + sum[j * 4 + 3] * lower.y;
-    sum[j * 2] = even;
-    sum[j * 2 + 1] = odd;
-  }
-  fold<32, 16>(sum, lane);
-  fold<16, 8>(sum, lane);
-  fold<8, 4>(sum, lane);
-  warpgroups_meet();                                        // the other's products may still read the stages
-  const int value = (lane & 16) + (lane & 8) + (lane & 4);  // the first of this lane's four, as it was numbered above
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int at = warp * kWideTile + (value + i) / 2 * 8 + lane % 4 * 2 + i % 2;
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(ring.base + at * 4), "f"(sum[i]) : "memory");
-  }
-  warpgroups_meet();
-  if (threadIdx.x < kWideTile && row_tile < c.row_tiles && column + static_cast<int>(threadIdx.x) < c.columns) {
-    float total = 0;
-    for (int w = 0; w < kWideWarps; ++w) {
-      float v;
-      asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(ring.base + (w * kWideTile + threadIdx.x) * 4) : "memory");
-      total += v;
-    }
-    c.gate_sums[(static_cast<int64_t>(slice) * c.row_tiles + row_tile) * c.columns + column + threadIdx.x] = total;
-  }
+  int stage = 0;
+  uint32_t parity = 0;
+  multiply_stages<T, 1, 1, kWideStages, kWideStage>(ring.base, ring.full, count, warp / 4, stage, parity, sum,
+                                                    [&](int s) { ring.release<kPair>(s, lane); });
+  const CrossTile tile{slice, row_tile, row, column};
+  const int at_row = row + warp * 16 + lane / 4;
+  write_partial(c.of, tile, at_row, sum, lane);
+  if (c.of.gate_sums == nullptr) return;
+  float part[32] = {};
+  add_gate_part(c.of, tile, at_row, sum, part, lane);
+  // The stages are free once every product has read them.
+  write_gate_sums<kWideWarps>(c.of, tile, part, warp, lane, ring.base, [] { warpgroups_meet(); });
 }
 #endif  // FERA_SM90A
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "expert_linear/hopper.cuh"
-#include "expert_linear/wide_sums.cuh"
 
 namespace fera::cuda {
 
@@ -71,7 +70,7 @@ __device__ inline float4 load_shared(uint32_t address, int rank) {
   return v;
 }
 
-// d (64 x 128) = [d +] a b as WarpgroupProduct, a stored along k or along m.
+// d (64 x 128) = [d +] a b as WarpgroupProduct, a stored along k or along m; d may hold more than it takes.
 template <class T, int kMMajor, int kNMajor>
 struct WideProduct;
 // clang-format off
@@ -80,7 +79,8 @@ struct WideProduct;
 #define FERA_WIDE_PRODUCT(type, name)                                                                                \
   template <int kMMajor, int kNMajor>                                                                                \
   struct WideProduct<type, kMMajor, kNMajor> {                                                                       \
-    static __device__ void run(float (&d)[64], uint64_t a, uint64_t b, int add) {                                    \
+    template <int kCount>                                                                                            \
+    static __device__ void run(float (&d)[kCount], uint64_t a, uint64_t b, int add) {                                \
       asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"                                                    \
                    " wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {"                                \
                    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"  \
@@ -100,6 +100,15 @@ FERA_WIDE_PRODUCT(Half, "f16")
 struct WideRing {
   uint32_t base, full, empty;
   int rank;  // of the block in its cluster
+  // By a warp: no product of its reads the stage any more.
+  template <int kPair>
+  __device__ void release(int stage, int lane) const {
+    if constexpr (kPair == 1) {
+      if (lane == 0) barrier_arrive(empty + stage * 8);
+    } else {
+      if (lane < 2) barrier_arrive(empty + stage * 8, rank / 2 * 2 + lane);
+    }
+  }
 };
 
 // One thread: load(i, to, barrier) starts the copies of stage i.
@@ -115,15 +124,17 @@ __device__ inline void fill_ring(const WideRing& ring, int count, Load load) {
   }
 }
 
-// Two warpgroups, each its half of 64 rows of the left operand: 8 KB either way it is stored.
-template <class T, int kPair, int kMMajor, int kNMajor>
-__device__ inline void multiply_ring(const WideRing& ring, int count, int half, int lane, float (&sum)[64]) {
-  int stage = 0, before = 0;
-  uint32_t parity = 0;
+// sum (64 x 128 of each of two warpgroups) = the products of `count` stages of a ring, kBytes each: the left operand,
+// then the right one, kWideOperand bytes. `release` is called with each stage that no product reads any more. `sum` may
+// hold more than the 64 numbers of a tile.
+template <class T, int kMMajor, int kNMajor, int kStages, int kBytes, int kCount, class Release>
+__device__ inline void multiply_stages(uint32_t base, uint32_t full, int count, int half, int& stage, uint32_t& parity,
+                                       float (&sum)[kCount], Release release) {
+  int before = -1;
   for (int i = 0; i < count; ++i) {
-    barrier_wait(ring.full + stage * 8, parity);
-    const uint32_t at = ring.base + stage * kWideStage;
-    const uint64_t a = operand(at + half * kWideBox, kMMajor ? kWideBox : 16);
+    barrier_wait(full + stage * 8, parity);
+    const uint32_t at = base + stage * kBytes;
+    const uint64_t a = operand(at + half * kWideBox, kMMajor ? kWideBox : 16);  // 64 rows: 8 KB either way
     const uint64_t b = operand(at + kWideOperand, kNMajor ? kWideBox : 16);
     pin(sum);
     products_begin();
@@ -134,18 +145,13 @@ __device__ inline void multiply_ring(const WideRing& ring, int count, int half, 
     products_commit();
     pin(sum);
     products_wait<1>();
-    if (i > 0) {
-      if constexpr (kPair == 1) {
-        if (lane == 0) barrier_arrive(ring.empty + before * 8);
-      } else {
-        if (lane < 2) barrier_arrive(ring.empty + before * 8, ring.rank / 2 * 2 + lane);
-      }
-    }
+    if (i > 0) release(before);
     before = stage;
-    if (++stage == kWideStages) stage = 0, parity ^= 1;
+    if (++stage == kStages) stage = 0, parity ^= 1;
   }
   products_wait<0>();
   pin(sum);
+  release(before);
 }
 
 #endif  // FERA_SM90A

@@ -24,16 +24,23 @@ struct Case {
   }
 };
 
-// The second run has the bits of the first; at wide ranks so has each gradient that is asked for alone.
+bool place_is(const char* place) {
+  const char* wish = std::getenv("FERA_EXPERT_PLACE");
+  return wish != nullptr && std::strcmp(wish, place) == 0;
+}
+
+// The second run has the bits of the first; where kernels of their own make the gradients of wide ranks, so has each
+// that is asked for alone.
 void alone(const Case& c, const fera_expert_update_backward_args& whole, const Matrix& dx, const Array& da,
            const Array& db, const Array& dgate) {
   const Buffer* const buffers[] = {&dx.buffer, &da.buffer, &db.buffer, &dgate.buffer};
   const char* const names[] = {"dx", "da", "db", "dgate"};
   std::vector<std::vector<char>> first;
   for (const Buffer* b : buffers) first.push_back(b->download());
-  // Bits of what is asked for: dx, da, db, dgate. Narrow ranks make dA, dB and dgate in other kernels without dx.
-  const std::vector<unsigned> asked =
-      c.experts * c.rank > 32 ? std::vector<unsigned>{15, 1, 2, 4, 8} : std::vector<unsigned>{15, 13, 11, 7, 1};
+  // Bits of what is asked for: dx, da, db, dgate. Elsewhere dA, dB and dgate are made in other kernels without dx.
+  const std::vector<unsigned> asked = c.experts * c.rank > 32 && place_is("outside")
+                                          ? std::vector<unsigned>{15, 1, 2, 4, 8}
+                                          : std::vector<unsigned>{15, 13, 11, 7, 1};
   for (const unsigned mask : asked) {
     fera_expert_update_backward_args some = whole;
     if (!(mask & 1)) some.dx.data = nullptr;
@@ -157,20 +164,35 @@ int main() {
                           Case{FERA_BF16, FERA_F32, 40, 1288, 40, 1, 1, 1, false},
                           Case{FERA_F16, FERA_F16, 520, 136, 192, 2, 16, 2, true},
                           Case{FERA_BF16, FERA_F32, 1040, 200, 104, 4, 5, 1, true, 16},
-                          Case{FERA_BF16, FERA_F32, 2600, 64, 448, 3, 4, 1, false},
-                          // Wide ranks: tails of ranks, tokens and depth, tiles that cross gate rows, experts that
-                          // cross eights of ranks, k split over blocks, slices of tokens, one gate row and many.
-                          Case{FERA_BF16, FERA_F32, 300, 320, 320, 3, 16, 3, true},
-                          Case{FERA_F16, FERA_F32, 154, 72, 648, 4, 32, 2, true, 8},
-                          Case{FERA_BF16, FERA_BF16, 256, 64, 256, 16, 7, 1, false},
-                          Case{FERA_F16, FERA_F16, 520, 136, 192, 8, 64, 1, true},
-                          Case{FERA_BF16, FERA_F32, 129, 1288, 1288, 2, 24, 1, false},
-                          Case{FERA_F16, FERA_F32, 308, 1032, 200, 8, 64, 4, true, 16},
-                          Case{FERA_BF16, FERA_F32, 1280, 40, 104, 4, 32, 20, false},
-                          Case{FERA_BF16, FERA_F32, 1, 8, 8, 3, 16, 1, false},
-                          Case{FERA_BF16, FERA_BF16, 2600, 64, 448, 4, 32, 2, true},
-                          Case{FERA_F16, FERA_F32, 4000, 200, 136, 4, 16, 1, false}})
+                          Case{FERA_BF16, FERA_F32, 2600, 64, 448, 3, 4, 1, false}})
       if (!brief() || c.tokens < 400) check(c);
+    // Wide ranks, by kernels of their own and beside the product's tiles: tails of ranks, tokens and depth, tiles that
+    // cross gate rows, experts that cross eights of ranks, k split over blocks, slices of tokens, one gate row and
+    // many.
+    for (const char* place : {"outside", "beside"}) {
+      setenv("FERA_EXPERT_PLACE", place, 1);
+      for (const Case& c : {Case{FERA_BF16, FERA_F32, 300, 320, 320, 3, 16, 3, true},
+                            Case{FERA_F16, FERA_F32, 154, 72, 648, 4, 32, 2, true, 8},
+                            Case{FERA_BF16, FERA_BF16, 256, 64, 256, 16, 7, 1, false},
+                            Case{FERA_F16, FERA_F16, 520, 136, 192, 8, 64, 1, true},
+                            Case{FERA_BF16, FERA_F32, 129, 1288, 1288, 2, 24, 1, false},
+                            Case{FERA_F16, FERA_F32, 308, 1032, 200, 8, 64, 4, true, 16},
+                            Case{FERA_BF16, FERA_F32, 1280, 40, 104, 4, 32, 20, false},
+                            Case{FERA_BF16, FERA_F32, 1, 8, 8, 3, 16, 1, false},
+                            Case{FERA_BF16, FERA_BF16, 2600, 64, 448, 4, 32, 2, true},
+                            Case{FERA_F16, FERA_F32, 4000, 200, 136, 4, 16, 1, false}})
+        if (!brief() || c.tokens < 400) check(c);
+    }
+    // Every width of tiles; without a wish, few tokens and many.
+    for (const char* width : {"128", "160", "192", "224", "256"}) {
+      setenv("FERA_EXPERT_TILE", width, 1);
+      if (brief()) break;
+      check({FERA_BF16, FERA_F32, 340, 456, 520, 3, 16, 2, true, 8});
+      check({FERA_F16, FERA_F16, 600, 320, 264, 2, 72, 3, false});
+    }
+    unsetenv("FERA_EXPERT_TILE");
+    unsetenv("FERA_EXPERT_PLACE");
+    if (!brief()) check({FERA_BF16, FERA_F32, 2100, 136, 200, 4, 32, 1, true});
     // The sums of a gate row start at a multiple of 64 tokens: shorter gate rows are left to another variant.
     fera_expert_update_backward_args g{};
     g.experts = {128, 64, 64, 4, 32, 128, nullptr, FERA_F32, nullptr, FERA_F32, nullptr, 1.0};

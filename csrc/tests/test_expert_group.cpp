@@ -158,6 +158,14 @@ int main() {
                           Case{FERA_BF16, FERA_F32, 300, 320, {320, 200}, 3, 4, 3, 8},
                           Case{FERA_BF16, FERA_F32, 300, 320, {320, 200}, 3, 8, 3, 4}})
       check(c);
+    // Wide ranks, whose members join beside the product's tiles alone; other ranks, and few tokens, are left to
+    // members.
+    setenv("FERA_EXPERT_PLACE", "beside", 1);
+    for (const Case& c : {Case{FERA_BF16, FERA_F32, 300, 320, {320, 320, 320}, 3, 16, 3},
+                          Case{FERA_F16, FERA_F16, 154, 72, {648, 40}, 4, 32, 1},
+                          Case{FERA_BF16, FERA_F32, 1040, 456, {200, 1032, 8, 320}, 4, 40, 2}})
+      if (!brief() || c.tokens < 400) check(c);
+    unsetenv("FERA_EXPERT_PLACE");
     done("expert_group", device);
   }
   return finish();
