@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -90,20 +91,25 @@ def pytest() -> tuple[bool, str]:
 
 
 def sanitizer(tool: str, *variants: str) -> tuple[bool, str]:
-    """Every program under a tool of compute-sanitizer; with ``variants``, those on band kernels again with each."""
-    errors, notes = [], []
-    for variant, found in (("", programs()), *((v, band_programs()) for v in variants)):
-        # Unpoisoned also makes the programs leave out their larger sizes.
-        env = {"FERA_TEST_DEVICE": "cuda", "FERA_TEST_UNPOISONED": "1", VARIABLE: variant}
-        for program in found:
-            name = "-".join(filter(None, (program.name, variant)))
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(program)]
-            ok, text = shell(f"{tool}-{name}", command, env)
-            if not ok:
-                errors.append(f"{name}: {last('ERROR SUMMARY|RACECHECK SUMMARY', text)}")
-        notes.append(f"{len(found)} with {variant}" if variant else f"{len(found)} programs")
+    """Every program under a tool of compute-sanitizer; with ``variants``, those on band kernels again with each.
+
+    Side by side: the tool keeps a processor busy and leaves the GPU idle.
+    """
     if not programs():
         return True, "skipped: the core brings no test programs"
+
+    def check(program: Path, variant: str) -> str:
+        # Unpoisoned also makes the programs leave out their larger sizes.
+        env = {"FERA_TEST_DEVICE": "cuda", "FERA_TEST_UNPOISONED": "1", VARIABLE: variant}
+        name = "-".join(filter(None, (program.name, variant)))
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(program)]
+        ok, text = shell(f"{tool}-{name}", command, env)
+        return "" if ok else f"{name}: {last('ERROR SUMMARY|RACECHECK SUMMARY', text)}"
+
+    runs = [(p, v) for v in ("", *variants) for p in (band_programs() if v else programs())]
+    with ThreadPoolExecutor(max(1, min(len(runs), (os.cpu_count() or 2) // 2))) as pool:
+        errors = list(filter(None, pool.map(lambda run: check(*run), runs)))
+    notes = [f"{len(programs())} programs", *(f"{len(band_programs())} with {v}" for v in variants)]
     return not errors, f"{', '.join(notes)}, 0 errors" if not errors else "; ".join(errors)
 
 

@@ -137,6 +137,7 @@ fera_status before(const Args& a, void* workspace, bool follows, const fera_cont
 
 fera_status launch_products(const char* op, const Products& p, bool follows, cudaStream_t stream) {
   if (p.place == Place::inside) return launch_products<Place::inside>(op, p, follows, stream);
+  if (p.place == Place::turns) return launch_turns(op, p, follows, stream);
   if (p.place == Place::beside) return launch_products<Place::beside>(op, p, follows, stream);
   if (p.place == Place::wide) return launch_wide_products(op, p, follows, stream);
   return launch_products<Place::outside>(op, p, follows, stream);
@@ -158,11 +159,14 @@ const char* fused_refuses(const fera_expert_update_backward_args& a) {
   return why;
 }
 
-// For tests and timings: outside, inside or beside; NULL where nobody wishes.
+// For tests and timings: outside, inside, turns or beside; NULL where nobody wishes.
 static const char* wished_place() {
   const char* wish = std::getenv("FERA_EXPERT_PLACE");
   return wish == nullptr || *wish == 0 ? nullptr : wish;
 }
+
+// Up to there the ends of tiles are so much of the time that narrower tiles by warpgroups in turns take less.
+constexpr int64_t kMostTurnsDepth = 1536;
 
 // Inside, h costs its share of the product, again in every column tile of about 200. Beside, 128 rows of x are read by
 // one multiprocessor before the tiles of those rows can end; that pays where the share is above some 15 us (H200:
@@ -183,10 +187,12 @@ Place fused_place(const fera_expert_update_args& a) {
   if (wide_ranks(a.experts)) return wide_place(a.experts);
   if (const char* wish = wished_place())
     return std::strcmp(wish, "inside") == 0   ? Place::inside
+           : std::strcmp(wish, "turns") == 0  ? Place::turns
            : std::strcmp(wish, "beside") == 0 ? Place::beside
                                               : Place::outside;
   const fera_experts& e = a.experts;
   const double product = static_cast<double>(e.tokens) * static_cast<double>(e.in) * static_cast<double>(e.out);
+  if (e.in <= kMostTurnsDepth) return Place::turns;
   return 2 * product * padded(e) / 200 / 7e14 < 15e-6 ? Place::inside : Place::beside;
 }
 

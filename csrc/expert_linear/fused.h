@@ -10,7 +10,8 @@ namespace fera::cuda {
 // Where u = gate scale h is made: by another kernel, inside the product's tiles (forward alone, fused.cuh), or by items
 // of work beside them (fused_beside.cuh). Backward likewise u = gate scale dh. wide: R > 32, beside the tiles too, but
 // u is h or dh itself, and V has gate and scale in it (fused_wide.cuh).
-enum class Place { outside, inside, beside, wide };
+// turns: inside, by warpgroups in turns (fused_turns.cuh).
+enum class Place { outside, inside, turns, beside, wide };
 
 // The narrow product of the same kernel: h = x A^T rounded to x's dtype, or dh = dy B, not rounded.
 struct Narrow {
@@ -71,6 +72,7 @@ struct Products {
 };
 // `follows`: the kernel before it on the stream is of the same call and lets it start early.
 fera_status launch_products(const char* op, const Products& p, bool follows, cudaStream_t stream);
+fera_status launch_turns(const char* op, const Products& p, bool follows, cudaStream_t stream);
 fera_status launch_wide_products(const char* op, const Products& p, bool follows, cudaStream_t stream);
 
 // Whether the variant takes these operands on the current device, and why not ("" if it does).

@@ -103,4 +103,10 @@ inline bool encode_layers(CUtensorMap* map, fera_dtype dtype, const void* data, 
   return encode_map(map, dtype, data, sizes, strides, box);
 }
 
+// What launches return then.
+inline fera_status refused_map(const char* op) {
+  set_last_error(std::string(op) + ": " + fera_last_error());
+  return FERA_CUDA_ERROR;
+}
+
 }  // namespace fera::cuda

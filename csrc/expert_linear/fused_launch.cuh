@@ -33,58 +33,60 @@ bool encode(FusedMaps* maps, int i, const Product& p) {
                         encode_rows(&maps->v[i], t, p.v, p.rank, p.columns, p.rank, 64, kShare));
 }
 
-template <class T, int kN, bool kNMajor, int kCluster, Place kPlace, int kNarrow>
-fera_status launch(const char* op, const Products& p, bool follows, cudaStream_t stream) {
-  constexpr int kInside = kPlace == Place::inside ? kNarrow : 0, kBeside = kPlace == Place::beside ? kNarrow : 0;
-  using Size = FusedSize<kN, kNMajor, kInside>;
-  FusedMaps maps;
-  FusedShape<T> shape{};
+// The kernel's arguments; a sentence in fera_last_error where CUDA refuses a tensor map.
+template <int kN, bool kNMajor, int kCluster, Place kPlace, int kNarrow, class T>
+fera_status prepare(const char* op, const Products& p, FusedMaps* maps, FusedShape<T>* shape) {
+  constexpr bool kBeside = kPlace == Place::beside;
   bool encoded = true;
   int column_tiles = 0;
-  shape.members = p.members;
-  shape.summed = p.summed;
+  shape->members = p.members;
+  shape->summed = p.summed;
   for (int i = 0; i < p.members; ++i) {
     const Product& m = p.member[i];
-    encoded = encoded && encode<kN, kNMajor, kCluster, kPlace, kNarrow>(&maps, i, m);
-    shape.bias[i] = static_cast<const T*>(m.bias);
-    shape.columns[i] = static_cast<int>(m.columns);
-    shape.first_tile[i] = p.summed ? 0 : column_tiles;
-    shape.blocks[i] = static_cast<int>(ceil_div(m.depth, int64_t{kFusedDepth}));
-    shape.rank_steps[i] = ceil_div(m.rank, 16);
+    encoded = encoded && encode<kN, kNMajor, kCluster, kPlace, kNarrow>(maps, i, m);
+    shape->bias[i] = static_cast<const T*>(m.bias);
+    shape->columns[i] = static_cast<int>(m.columns);
+    shape->first_tile[i] = p.summed ? 0 : column_tiles;
+    shape->blocks[i] = static_cast<int>(ceil_div(m.depth, int64_t{kFusedDepth}));
+    shape->rank_steps[i] = ceil_div(m.rank, 16);
     const Narrow& in = m.narrow;
-    shape.hidden[i] = {in.gate, in.rows_per_gate, in.experts, in.each, in.scale, in.h};
+    shape->hidden[i] = {in.gate, in.rows_per_gate, in.experts, in.each, in.scale, in.h};
     if (i == 0 || !p.summed) column_tiles += static_cast<int>(ceil_div(m.columns, int64_t{kN}));
-    if constexpr (kBeside > 0) {
+    if constexpr (kBeside) {
       const Items& items = m.items;
-      shape.beside[i] = {static_cast<const T*>(items.h),
-                         static_cast<T*>(const_cast<void*>(m.u)),
-                         items.db,
-                         items.da,
-                         items.gate_sums,
-                         items.ready + 1,
-                         static_cast<int>(m.depth),
-                         static_cast<int>(p.other_columns)};
+      shape->beside[i] = {static_cast<const T*>(items.h),
+                          static_cast<T*>(const_cast<void*>(m.u)),
+                          items.db,
+                          items.da,
+                          items.gate_sums,
+                          items.ready + 1,
+                          static_cast<int>(m.depth),
+                          static_cast<int>(p.other_columns)};
     }
   }
   const Product& one = p.member[0];
-  shape.rows = static_cast<int>(one.rows);
+  shape->rows = static_cast<int>(one.rows);
   const int row_tiles = static_cast<int>(ceil_div(one.rows, int64_t{kFusedRows * kCluster}));
-  shape.plan = schedule_of(row_tiles, column_tiles, kBeside > 0 ? p.members : 0, 0, hopper() / kCluster);
-  if constexpr (kBeside > 0) {
-    shape.queue = one.items.ready;
-    shape.other_blocks = static_cast<int>(ceil_div(p.other_columns, int64_t{kFusedDepth}));
+  shape->plan = schedule_of(row_tiles, column_tiles, kBeside ? p.members : 0, 0, hopper() / kCluster);
+  if constexpr (kBeside) {
+    shape->queue = one.items.ready;
+    shape->other_blocks = static_cast<int>(ceil_div(p.other_columns, int64_t{kFusedDepth}));
     if (kNMajor)
-      encoded = encoded && encode_rows(&maps.other, p.other.dtype, p.other.data, p.other_columns, one.rows,
+      encoded = encoded && encode_rows(&maps->other, p.other.dtype, p.other.data, p.other_columns, one.rows,
                                        p.other.stride, 64, kFusedRows);
   }
-  if (!encoded) {
-    set_last_error(std::string(op) + ": " + fera_last_error());
-    return FERA_CUDA_ERROR;
-  }
-  const auto kernel = fused_product<T, kN, kNMajor, kCluster, kInside, kBeside>;
+  return encoded ? FERA_OK : refused_map(op);
+}
+
+template <class T, int kN, bool kNMajor, int kCluster, Place kPlace, int kNarrow>
+fera_status launch(const char* op, const Products& p, bool follows, cudaStream_t stream) {
+  constexpr int kInside = kPlace == Place::inside ? kNarrow : 0, kBeside = kPlace == Place::beside ? kNarrow : 0;
+  FusedMaps maps;
+  FusedShape<T> shape{};
+  FERA_RETURN_IF_ERROR((prepare<kN, kNMajor, kCluster, kPlace, kNarrow>(op, p, &maps, &shape)));
   const int blocks = std::min(hopper() / kCluster, shape.plan.works) * kCluster;
-  return launch_kernel(op, kernel, static_cast<unsigned>(blocks), kFusedThreads, Size::bytes, kCluster, follows, stream,
-                       maps, shape);
+  return launch_kernel(op, fused_product<T, kN, kNMajor, kCluster, kInside, kBeside>, static_cast<unsigned>(blocks),
+                       kFusedThreads, FusedSize<kN, kNMajor, kInside>::bytes, kCluster, follows, stream, maps, shape);
 }
 
 // Widths of tiles there are kernels for.

@@ -126,47 +126,6 @@ __device__ inline CrossPlace cross_place(const WideShape<T>& s, int index, int r
           (slice - layer * j.of.slices_per_gate) * j.of.steps_per_slice,
           {slice, row, row * kWideTile, column * kWideTile}};
 }
-
-// sum (128 x kWidth of a warpgroup, 64 rows each) = the products of `count` stages from `stage` on. `release` is called
-// with each stage that no product reads any more, `arrived` when the last one is there.
-template <class T, class Size, int kWidth, int kMMajor, int kNMajor, int kCount, class Release, class Arrived>
-__device__ inline void multiply_rows(uint32_t base, uint32_t full, int count, int stage, uint32_t parity,
-                                     float (&upper)[kCount], float (&lower)[kCount], Release release, Arrived arrived) {
-  int before = -1;
-  for (int i = 0; i < count; ++i) {
-    barrier_wait(full + stage * 8, parity);
-    if (i == count - 1) arrived();
-    const uint32_t at = base + stage * Size::stage;
-    const uint64_t a = operand(at, kMMajor ? kWideBox : 16), second = a + (kWideBox >> 4);  // 64 rows: 8 KB either way
-    const uint64_t b = operand(at + kWideOperand, kNMajor ? kWideBox : 16);
-    pin(upper);
-    pin(lower);
-    products_begin();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      constexpr int kA = kMMajor ? 128 : 2, kB = kNMajor ? 128 : 2;
-      if constexpr (kWidth == kWideTile) {
-        WideProduct<T, kMMajor, kNMajor>::run(upper, a + k * kA, b + k * kB, i > 0 || k > 0);
-        WideProduct<T, kMMajor, kNMajor>::run(lower, second + k * kA, b + k * kB, i > 0 || k > 0);
-      } else {
-        static_assert(kMMajor == 0, "rows along k");
-        WarpgroupProduct<T, kWidth, kNMajor>::run(upper, a + k * kA, b + k * kB, i > 0 || k > 0);
-        WarpgroupProduct<T, kWidth, kNMajor>::run(lower, second + k * kA, b + k * kB, i > 0 || k > 0);
-      }
-    }
-    products_commit();
-    pin(upper);
-    pin(lower);
-    products_wait<1>();
-    if (i > 0) release(before);
-    before = stage;
-    if (++stage == Size::stages) stage = 0, parity ^= 1;
-  }
-  products_wait<0>();
-  pin(upper);
-  pin(lower);
-  release(before);
-}
 #endif  // FERA_SM90A
 
 template <class T, int kN, bool kNMajor, int kCluster>
@@ -326,32 +285,13 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     const auto release = [&](int s) {
       if (lane < kCluster) barrier_arrive(empty + s * 8, lane);
     };
-    const auto arrived = [&] { turns.hand_over(mine, lane); };
+    const auto arrived = [&] { turns.order().hand_over(mine, lane); };
     float upper[kN / 2], lower[kN / 2];  // sums of rows 0 to 63 and 64 to 127
-    // kColumns of them to global memory, of `width` in all: a warp's 16 rows of each half, by pieces of 64 columns.
     const auto leave = [&](auto columns_of, const CUtensorMap& map, int column, const RowPlace& rows, int width) {
-      constexpr int kColumns = decltype(columns_of)::value, kPieces = (kColumns + 63) / 64;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (lane == 0) wait_stores<0>();
-        __syncwarp();
-#pragma unroll
-        for (int p = 0; p < kPieces; ++p)
-          stage_piece(own + p * kPieceBytes, lane, kColumns - p * 64, [&](int c, int below) {
-            const int at = p * 32 + c / 2 + below * 2;
-            return half == 0 ? pack<T>(upper[at], upper[at + 1]) : pack<T>(lower[at], lower[at + 1]);
+      leave_rows<T, decltype(columns_of)::value, Size::boxes>(
+          own, lane, width - column, upper, lower, [&](int half, int c, uint32_t from) {
+            store_cube(map, column + c, rows.row + half * 64 + warp * kPieceRows, rows.layer, from);
           });
-        publish_shared();
-        __syncwarp();
-        if (lane == 0) {
-#pragma unroll
-          for (int c = 0; c < kColumns; c += 32)
-            if (column + c < width)
-              store_cube(map, column + c, rows.row + half * 64 + warp * kPieceRows, rows.layer,
-                         own + c / 32 * (kPieceBytes / 2));
-          commit_stores();
-        }
-      }
     };
     for (int turn = 0;; ++turn) {
       const Turns::Turn now = turns.take(mine, turn, lane);
@@ -364,16 +304,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         multiply_rows<T, Size, kN, 0, kNMajor>(base, full, count, now.stage, now.parity, upper, lower, release,
                                                arrived);
         const int columns = shape.columns[at.member];
-        if (const T* bias = shape.bias[at.member]) {
-          const int first = at.column + 2 * (lane % 4);
-#pragma unroll
-          for (int n = 0; n < kN / 8; ++n) {
-            float2 v = make_float2(0.f, 0.f);
-            if (first + n * 8 < columns) v = unpack<T>(*reinterpret_cast<const uint32_t*>(bias + first + n * 8));
-            upper[n * 4] += v.x, upper[n * 4 + 1] += v.y, upper[n * 4 + 2] += v.x, upper[n * 4 + 3] += v.y;
-            lower[n * 4] += v.x, lower[n * 4 + 1] += v.y, lower[n * 4 + 2] += v.x, lower[n * 4 + 3] += v.y;
-          }
-        }
+        if (const T* bias = shape.bias[at.member])
+          add_bias<T, kN>(bias + at.column, columns - at.column, upper, lower, lane);
         leave(Constant<kN>{}, maps.y[at.member], at.column, at.rows, columns);
       } else if (work.kind == Kind::project) {
         const ProjectPlace at = project_place<kCluster>(shape, work.index, rank);

@@ -19,11 +19,6 @@ inline WideGates wide_gates(const fera_experts& e) {
           static_cast<float>(e.scale)};
 }
 
-inline fera_status refused_map(const char* op) {
-  set_last_error(std::string(op) + ": " + fera_last_error());
-  return FERA_CUDA_ERROR;
-}
-
 // A and B in x's dtype, in place or a copy in the workspace, and zeros: one launch makes all of a call's.
 class WideCasts {
  public:

@@ -42,12 +42,14 @@ __global__ void __launch_bounds__(256) wide_cast(const __grid_constant__ WideCas
     }
   }
   if (p.gate_eights > 0) {
-    // Of the weights rounded, as everywhere. Eight neighbours are of one rank (the width is a multiple of 8), or of eight.
+    // Of the weights rounded, as everywhere. Eight neighbours are of one rank (the width is a multiple of 8), or of
+    // eight.
     const int stacked = p.gates.experts * p.gates.rank;
     const int q = p.width > 1 ? static_cast<int>(eight * 8 / p.width) : static_cast<int>(eight * 8 % stacked);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      v[i] = widen(narrow<T>(v[i])) * p.gates.factor(static_cast<int>(gate_row), (q + (p.width > 1 ? 0 : i)) / p.gates.rank);
+      v[i] = widen(narrow<T>(v[i])) *
+             p.gates.factor(static_cast<int>(gate_row), (q + (p.width > 1 ? 0 : i)) / p.gates.rank);
   }
   static_cast<uint4*>(p.to)[at] =
       make_uint4(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7]));

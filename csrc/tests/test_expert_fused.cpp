@@ -207,7 +207,7 @@ int main() {
       fail("variants of wide ranks: %s, %s, %s", one.c_str(), four.c_str(), ragged.c_str());
     // Every width of tiles, h made by another kernel, inside the tiles and beside them; R below and above 16; gate rows
     // of which a tile of 128 tokens meets many.
-    for (const char* place : {"outside", "inside", "beside"})
+    for (const char* place : {"outside", "inside", "turns", "beside"})
       for (const char* width : {"128", "160", "192", "224", "256"}) {
         setenv("FERA_EXPERT_PLACE", place, 1);
         setenv("FERA_EXPERT_TILE", width, 1);
@@ -219,7 +219,7 @@ int main() {
       }
     // Many shallow tiles a block, each of three pieces that two staging buffers hold in turns.
     setenv("FERA_EXPERT_TILE", "160", 1);
-    for (const char* place : {"inside", "beside"}) {
+    for (const char* place : {"inside", "turns", "beside"}) {
       if (brief()) break;
       setenv("FERA_EXPERT_PLACE", place, 1);
       check({FERA_BF16, FERA_F32, 9000, 16, 1920, 3, 4, 1, true});
