@@ -165,7 +165,8 @@ static const char* wished_place() {
   return wish == nullptr || *wish == 0 ? nullptr : wish;
 }
 
-// Up to there the ends of tiles are so much of the time that narrower tiles by warpgroups in turns take less.
+// Up to there the ends of tiles are so much of the time that narrower tiles by warpgroups in turns take less, where a
+// multiprocessor has more than one (H200, forward: 28 to 26 us at 16384 x 640, three of them 78 to 68).
 constexpr int64_t kMostTurnsDepth = 1536;
 
 // Inside, h costs its share of the product, again in every column tile of about 200. Beside, 128 rows of x are read by
@@ -192,7 +193,8 @@ Place fused_place(const fera_expert_update_args& a) {
                                               : Place::outside;
   const fera_experts& e = a.experts;
   const double product = static_cast<double>(e.tokens) * static_cast<double>(e.in) * static_cast<double>(e.out);
-  if (e.in <= kMostTurnsDepth) return Place::turns;
+  const int64_t tiles = ceil_div(e.tokens, int64_t{kFusedRows}) * ceil_div(e.out, int64_t{160});
+  if (e.in <= kMostTurnsDepth && 2 * tiles >= int64_t{3} * hopper()) return Place::turns;
   return 2 * product * padded(e) / 200 / 7e14 < 15e-6 ? Place::inside : Place::beside;
 }
 
