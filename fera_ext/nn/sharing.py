@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.modules.module as _global
 from torch import Tensor, nn
-from torch._C._autograd import _top_saved_tensors_default_hooks as _top_hooks
 from torch._C._functorch import maybe_current_level
 
 from fera_ext import ops
+from fera_ext._extension import C
 
 if TYPE_CHECKING:
     from fera_ext.nn.linear import FeraLinear
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def saving_hooks() -> Any:
     """The innermost hooks on saved tensors, which tell one checkpointed segment from another; None without any."""
-    return _top_hooks(True)
+    return C.saved_tensor_hooks()
 
 
 def _version(t: Tensor) -> int:
@@ -94,7 +94,7 @@ class Kept:
         self._grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self._device = _device_type(x)
         self._autocast = _autocast_dtype(self._device)
-        self._hooks = _top_hooks(True)
+        self._hooks = saving_hooks()
 
     def take(self, layer: FeraLinear, x: Tensor, gate: Tensor) -> Tensor | None:
         """The output of ``layer`` for exactly these arguments, once; None where it is not there."""
@@ -110,7 +110,7 @@ class Kept:
             or torch.is_grad_enabled() is not self._grad
             or torch.is_inference_mode_enabled() is not self._inference
             or _autocast_dtype(self._device) != self._autocast
-            or _top_hooks(True) != self._hooks
+            or saving_hooks() != self._hooks
         ):
             return None
         out, then, versions = found
