@@ -107,7 +107,10 @@ PLANS = [
             ("blocks=8,launches=1", "blocks=8,launches=2", "blocks=8,clusters=3,launches=1", "blocks=16,clusters=2"),
         ),
         (_sample("fecl_loss", (3, 4, 64, 64), Bands.dog(4)), ("clusters=2,launches=1", "threads=512,launches=2")),
-        (_sample("fecl_loss", (2, 3, 128, 128), Bands.rings(4)), ("blocks=1,launches=1", "split=1,launches=2", "split=2")),
+        (
+            _sample("fecl_loss", (2, 3, 128, 128), Bands.rings(4)),
+            ("blocks=1,launches=1", "split=1,launches=2", "split=2"),
+        ),
         (_sample("fecl_loss", (1, 7, 104, 156), Bands.dog(3)), ("split=1,launches=1", "split=1,launches=2", "split=4")),
         (_sample("band_energy", (2, 3, 64, 64), Bands.dog(3)), ("split=1", "split=1,launches=2")),
         (_sample("latent_gate", (3, 4, 72, 128), Bands.rings(4)), ("split=1", "split=1,launches=2")),
