@@ -107,8 +107,17 @@ PLANS = [
             ("blocks=8,launches=1", "blocks=8,launches=2", "blocks=8,clusters=3,launches=1", "blocks=16,clusters=2"),
         ),
         (_sample("fecl_loss", (3, 4, 64, 64), Bands.dog(4)), ("clusters=2,launches=1", "threads=512,launches=2")),
-        (_sample("fecl_loss", (2, 3, 128, 128), Bands.rings(4)), ("blocks=1,launches=1", "blocks=1,launches=2")),
-        (_sample("fecl_loss", (1, 7, 104, 156), Bands.dog(3)), ("blocks=1,launches=1", "blocks=1,launches=2")),
+        (
+            _sample("fecl_loss", (2, 3, 128, 128), Bands.rings(4)),
+            ("blocks=1,launches=1", "split=1,launches=2", "split=2"),
+        ),
+        (_sample("fecl_loss", (1, 7, 104, 156), Bands.dog(3)), ("split=1,launches=1", "split=1,launches=2", "split=4")),
+        (_sample("band_energy", (2, 3, 64, 64), Bands.dog(3)), ("split=1", "split=1,launches=2")),
+        (_sample("latent_gate", (3, 4, 72, 128), Bands.rings(4)), ("split=1", "split=1,launches=2")),
+        (_sample("band_energy", (1, 5, 104, 152), Bands.dog(3)), ("split=1", "split=4", "split=4,launches=2")),
+        (_sample("fecl_loss", (2, 5, 72, 128), Bands.dog(3)), ("split=1,launches=1", "split=1,launches=2")),
+        (_sample("fecl_loss", (1, 5, 104, 152), Bands.dog(3)), ("split=4,launches=1", "split=4,launches=2")),
+        (_sample("latent_gate", (2, 5, 104, 156), Bands.dog(3)), ("split=2", "split=4")),
     )
     for plan in plans
 ]
@@ -136,13 +145,27 @@ def test_forced_clusters(plan: str, sample: Sample, dtype: torch.dtype, monkeypa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "shape", [(4, 16, 128, 128), (9, 15, 128, 128), (130, 1, 128, 128), (5, 27, 104, 156)], ids=str
+    "shape",
+    [(4, 16, 128, 128), (9, 15, 128, 128), (130, 1, 128, 128), (5, 27, 104, 156), (4, 56, 72, 128), (2, 4, 104, 152)],
+    ids=str,
 )
 def test_fecl_of_many_planes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """What takes a plane a block by itself: all side by side, and more than that; more samples than a block keeps."""
+    """What goes by planes by itself: all side by side, and more than that; more samples than a block keeps."""
     sample = _sample("fecl_loss", shape, Bands.dog(3))
     assert_matches_float64(sample, dtype, CUDA)
     given = sample.cast(dtype, CUDA)
+    first, again = given.gradients(ops), given.gradients(ops)
+    for a, b in zip([first[0], *first[1]], [again[0], *again[1]]):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op", OPS[:2])
+@pytest.mark.parametrize("shape", [(4, 16, 128, 128), (4, 16, 104, 156), (4, 56, 72, 128), (9, 15, 128, 128)], ids=str)
+def test_many_planes(op: str, shape: tuple[int, ...]) -> None:
+    """Energies and adjoint of as many planes as go by planes by themselves, and of more than run side by side."""
+    sample = _sample(op, shape, Bands.dog(3))
+    assert_matches_float64(sample, torch.float32, CUDA)
+    given = sample.cast(torch.float32, CUDA)
     first, again = given.gradients(ops), given.gradients(ops)
     for a, b in zip([first[0], *first[1]], [again[0], *again[1]]):
         assert torch.equal(a, b)
@@ -159,7 +182,7 @@ def test_an_unknown_plan(op: str, plan: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("plan", ["blocks=3", "threads=32"])
+@pytest.mark.parametrize("plan", ["blocks=3", "threads=32", "split=3"])
 def test_no_such_cluster(op: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = _sample(op, (2, 4, 64, 64), Bands.dog(3)).cast(torch.float32, CUDA)
     monkeypatch.setenv(CLUSTER, plan)

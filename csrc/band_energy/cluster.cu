@@ -36,6 +36,7 @@ struct Kernels {
   int butterflies;    // of a plane and block in a phase, at most
   int least_threads;  // each plane's last butterfly of rows, first of columns backwards, at once
   size_t kept;        // float2 of a complex plane's spectrum, where it is kept
+  bool beside;        // weights come beside the rows, if some warps have none
   void (*energies)(Source, ClusterPlan, const float*, int, Finish<float>, double*, float2*);
   void (*keeping)(Source, ClusterPlan, const float*, int, Finish<float>, double*, float2*);
   void (*gradient)(Source, ClusterPlan, const float*, int, ClusterGradient);
@@ -52,6 +53,7 @@ const Kernels kKernels[] = {
    std::max(ClusterSize<H, W, S>::rows * ClusterSize<H, W, S>::w1,  \
             ClusterSize<H, W, S>::cols * ClusterSize<H, W, S>::h2), \
    size_t{S} * ClusterSize<H, W, S>::column_plane,                  \
+   ClusterSize<H, W, S>::shifts,                                    \
    cluster_energies<ClusterSize<H, W, S>, false>,                   \
    cluster_energies<ClusterSize<H, W, S>, true>,                    \
    cluster_gradient<ClusterSize<H, W, S>>,                          \
@@ -130,29 +132,29 @@ struct Wish {
   int clusters;  // of a sample, at most one a pair of planes
   int pairs;     // at once, at most
   int launches;  // of FECL's energies and gradient: 1 or 2
+  int split;     // blocks of a plane (plane.h)
   bool known;    // every name and number
+
+  PlaneWish plane() const { return {split != 0 ? split : blocks, threads, launches}; }
 };
 
 Wish wish() {
-  Wish found{0, 0, 0, 0, 0, true};
+  Wish found{0, 0, 0, 0, 0, 0, true};
   const char* at = std::getenv(kClusterWish);
   while (at != nullptr && *at != 0) {
     const struct {
       const char* name;
       int* to;
-    } names[] = {{"blocks=", &found.blocks},
-                 {"threads=", &found.threads},
-                 {"clusters=", &found.clusters},
-                 {"pairs=", &found.pairs},
-                 {"launches=", &found.launches}};
+    } names[] = {{"blocks=", &found.blocks}, {"threads=", &found.threads},   {"clusters=", &found.clusters},
+                 {"pairs=", &found.pairs},   {"launches=", &found.launches}, {"split=", &found.split}};
     const auto* const named = std::find_if(std::begin(names), std::end(names), [&](const auto& n) {
       return std::strncmp(at, n.name, std::strlen(n.name)) == 0;
     });
-    if (named == std::end(names)) return {0, 0, 0, 0, 0, false};
+    if (named == std::end(names)) return {0, 0, 0, 0, 0, 0, false};
     at += std::strlen(named->name);
     char* end = nullptr;
     const long value = std::strtol(at, &end, 10);
-    if (end == at || value < 1 || value > 1024 || (*end != 0 && *end != ',')) return {0, 0, 0, 0, 0, false};
+    if (end == at || value < 1 || value > 1024 || (*end != 0 && *end != ',')) return {0, 0, 0, 0, 0, 0, false};
     *named->to = static_cast<int>(value);
     at = *end == ',' ? end + 1 : end;
   }
@@ -167,10 +169,11 @@ struct Choice {
   size_t shared_bytes;
 };
 
-// The kernels of this size, the same for every task: what one keeps another reads. Fewer blocks a cluster where as many
-// clusters as there are planes fill the machine even so, or FECL, whose clusters hold more at once, seven eighths of
-// it: the exchanges are of larger parcels and meet fewer blocks.
-const Kernels* kernels_of(const Source& s, int bands, int blocks, Limits* limits) {
+// The kernels of this size, of two signals the same for every task: what one keeps another reads. Fewer blocks a
+// cluster where as many clusters as there are planes fill the machine even so, or FECL, whose clusters hold more at
+// once, seven eighths of it: the exchanges are of larger parcels and meet fewer blocks. One signal's adjoint has a
+// cluster a plane: fewer where the larger ones do not lie side by side.
+const Kernels* kernels_of(const Source& s, int bands, ClusterTask task, int blocks, Limits* limits) {
   const Kernels* best = nullptr;
   for (const Kernels& k : kKernels) {
     if (k.h != s.h || k.w != s.w || (blocks != 0 && k.size != blocks)) continue;
@@ -179,7 +182,9 @@ const Kernels* kernels_of(const Source& s, int bands, int blocks, Limits* limits
     one.pairs_at_once = 1;
     if (of.shared == 0 || k.shared_bytes(one, s.signals, bands, kFewThreads) > of.shared) continue;
     const int fewer = best == nullptr ? k.size : std::min(k.size, best->size);
-    const bool many = 8 * s.n * s.pairs() * s.signals * fewer > (s.signals == 2 ? 7 : 8) * kMultiprocessors;
+    bool many = 8 * s.n * s.pairs() * s.signals * fewer > (s.signals == 2 ? 7 : 8) * kMultiprocessors;
+    if (best != nullptr && task == ClusterTask::adjoint && s.signals == 1)
+      many = s.n * s.pairs() > (k.size < best->size ? *limits : of).clusters;
     if (best != nullptr && many != (k.size < best->size)) continue;
     best = &k;
     *limits = of;
@@ -192,9 +197,9 @@ bool choose(const Source& s, const fera_filters& f, ClusterTask task, Choice* ch
   if (s.signals == 2 && (s.minus[0].stride_w != 1 || s.minus[1].stride_w != 1)) return false;
   const Wish wanted = wish();
   const bool fecl = task == ClusterTask::fecl;
-  if (!wanted.known || (fecl && wanted.launches == 2)) return false;
+  if (!wanted.known || wanted.split != 0 || (fecl && wanted.launches == 2)) return false;
   Limits limits{};
-  const Kernels* const found = kernels_of(s, f.bands, wanted.blocks, &limits);
+  const Kernels* const found = kernels_of(s, f.bands, task, wanted.blocks, &limits);
   if (found == nullptr || wanted.threads > kClusterThreads ||
       (wanted.threads != 0 && wanted.threads < found->least_threads))
     return false;
@@ -233,7 +238,8 @@ bool choose(const Source& s, const fera_filters& f, ClusterTask task, Choice* ch
         continue;
       // A block alone on its multiprocessor: a thread for every butterfly.
       const int base = choice->threads;
-      const int butterflies = ceil_div(s.signals * p.pairs_at_once * k.butterflies, 32) * 32;
+      const bool beside = k.beside && task == ClusterTask::adjoint && s.signals == 1;  // other warps take the weights
+      const int butterflies = ceil_div((beside ? 2 : s.signals) * p.pairs_at_once * k.butterflies, 32) * 32;
       if ((!crowded || !shares) && wanted.threads == 0) {
         choice->threads = std::clamp(butterflies, base, kClusterThreads);
         choice->shared_bytes = bytes();
@@ -258,12 +264,14 @@ bool choose(const Source& s, const fera_filters& f, ClusterTask task, Choice* ch
   return (much && share(std::min<int64_t>(p.pairs, room)) && fit()) || (share(1) && fit());
 }
 
-// Whether a block takes a plane.
-bool takes_planes(const Source& s, const fera_filters& f) {
+// Whether planes are taken by a block or a few.
+bool takes_planes(const Source& s, const fera_filters& f, ClusterTask task) {
   const Wish wanted = wish();
-  const bool open = wanted.blocks == 0 && wanted.clusters == 0 && wanted.pairs == 0;
-  if (!wanted.known || !(open || wanted.blocks == 1) || !plane_takes(s, f, !open, wanted.threads)) return false;
-  return wanted.launches != 1 || s.signals == 1 || plane_fecl_fits(s, wanted.threads);
+  const bool open = wanted.blocks == 0 && wanted.clusters == 0 && wanted.pairs == 0 && wanted.split == 0;
+  if (!wanted.known || !(open || wanted.blocks == 1 || wanted.split != 0) ||
+      !plane_takes(s, f, task, !open, wanted.plane()))
+    return false;
+  return wanted.launches != 1 || s.signals == 1 || plane_fecl_fits(s, wanted.plane());
 }
 
 // (N, clusters, signals, K+1), with several clusters a sample.
@@ -302,18 +310,18 @@ fera_status launch_mean(const char* op, int64_t samples, const double* losses, f
 
 bool cluster_takes(const Source& source, const fera_filters& filters, ClusterTask task) {
   Choice choice;
-  return takes_planes(source, filters) || choose(source, filters, task, &choice);
+  return takes_planes(source, filters, task) || choose(source, filters, task, &choice);
 }
 
 size_t cluster_workspace(const Source& source, const fera_filters& filters) {
   if (source.n <= 0) return 0;
-  if (takes_planes(source, filters)) return plane_workspace(source, filters);
+  if (takes_planes(source, filters, ClusterTask::energies)) return plane_workspace(source, filters, wish().plane());
   return partial_bytes(source, filters, source.pairs());
 }
 
 size_t cluster_fecl_workspace(const Source& source, const fera_filters& filters) {
   Choice choice;
-  if (takes_planes(source, filters) || choose(source, filters, ClusterTask::fecl, &choice))
+  if (takes_planes(source, filters, ClusterTask::fecl) || choose(source, filters, ClusterTask::fecl, &choice))
     return cluster_workspace(source, filters);
   if (!choose(source, filters, ClusterTask::energies, &choice)) return 0;
   return cluster_workspace(source, filters) +
@@ -328,8 +336,8 @@ bool cluster_wish_known() { return wish().known; }
 
 fera_status cluster_energies_launch(const char* op, const Source& source, const fera_filters& filters,
                                     const Finish<float>& finish, float* loss, const fera_context* context) {
-  if (takes_planes(source, filters))
-    return plane_energies_launch(op, source, filters, finish, loss, wish().threads, context);
+  if (takes_planes(source, filters, ClusterTask::energies))
+    return plane_energies_launch(op, source, filters, finish, loss, wish().plane(), context);
   Choice choice;
   if (!choose(source, filters, ClusterTask::energies, &choice)) return FERA_UNSUPPORTED;
   double* const partial = static_cast<double*>(context->workspace);
@@ -341,8 +349,8 @@ fera_status cluster_energies_launch(const char* op, const Source& source, const 
 
 fera_status cluster_adjoint_launch(const char* op, const Source& source, const fera_filters& filters,
                                    const Coefficients& from, const Output& dz, const fera_context* context) {
-  if (takes_planes(source, filters))
-    return plane_adjoint_launch(op, source, filters, from, dz, wish().threads, context);
+  if (takes_planes(source, filters, ClusterTask::adjoint))
+    return plane_adjoint_launch(op, source, filters, from, dz, wish().plane(), context);
   Choice choice;
   if (!choose(source, filters, ClusterTask::adjoint, &choice)) return FERA_UNSUPPORTED;
   const ClusterGradient to{dz, from, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -353,11 +361,8 @@ fera_status cluster_adjoint_launch(const char* op, const Source& source, const f
 fera_status cluster_fecl_launch(const char* op, const Source& source, const fera_filters& filters,
                                 const Finish<float>& finish, float* loss, const View& gradient, double* factor,
                                 const fera_context* context) {
-  if (takes_planes(source, filters)) {
-    const Wish wanted = wish();
-    const int launches = wanted.launches != 0 ? wanted.launches : plane_fecl_fits(source, wanted.threads) ? 1 : 2;
-    return plane_fecl_launch(op, source, filters, finish, loss, gradient, factor, wanted.threads, launches, context);
-  }
+  if (takes_planes(source, filters, ClusterTask::fecl))
+    return plane_fecl_launch(op, source, filters, finish, loss, gradient, factor, wish().plane(), context);
   Choice choice;
   const int bands = filters.bands;
   double* const partial = static_cast<double*>(context->workspace);

@@ -217,46 +217,42 @@ __device__ __forceinline__ void cluster_columns_first(const ClusterScene<F>& c, 
 // float32 sums are right as they are while the powers stay clear of the ends of its range, also times a mask's values.
 __device__ __forceinline__ bool safe_power(float total) { return total > 1e-16f && total < 1e25f; }
 
-// A column's last butterfly, of elements at(i), and the powers of its results; they are divided by the square of a
-// power of two, which is returned squared. Whole warps call it, lanes without a butterfly inactive. Keep writes the
-// results back.
-template <int R, bool Keep, class At>
-__device__ __forceinline__ double column_powers(const At& at, bool active, float (&power)[R]) {
-  float scale = 1;
+// The powers of a column's values, divided by the square of a power of two, which is returned squared. Whole warps call
+// it, lanes without a column inactive.
+template <int R>
+__device__ __forceinline__ double powers(const float2 (&a)[R], bool active, float (&power)[R]) {
+  float total = 0;
   int exponent = 0;
-  auto powers = [&](auto scaled) {
-    float total = 0;
-    float2 a[R];
 #pragma unroll
-    for (int i = 0; i < R; ++i) a[i] = active ? at(i) : float2{0, 0};
-    if (!Keep || !scaled) dft<R>(a);
-    if (Keep && !scaled && active)
+  for (int i = 0; i < R; ++i) total += power[i] = fmaf(a[i].x, a[i].x, a[i].y * a[i].y);
+  if (!__all_sync(0xffffffffu, safe_power(total) || !active)) {  // far from 1, zero, infinite or NaN
+    unsigned bits = 0;
 #pragma unroll
-      for (int i = 0; i < R; ++i) at(i) = a[i];
+    for (int i = 0; i < R; ++i)
+      bits = max(bits, max(__float_as_uint(a[i].x) & 0x7fffffffu, __float_as_uint(a[i].y) & 0x7fffffffu));
+    bits = __reduce_max_sync(0xffffffffu, active ? bits : 0);
+    exponent = bits == 0 || bits >= 0x7f800000u ? 0 : max(-126, min(120, ilogbf(__uint_as_float(bits)) + 1));
+    const float scale = scalbnf(1.0f, -exponent);
 #pragma unroll
     for (int i = 0; i < R; ++i) {
-      const float re = scaled ? a[i].x * scale : a[i].x, im = scaled ? a[i].y * scale : a[i].y;
+      const float re = a[i].x * scale, im = a[i].y * scale;
       power[i] = fmaf(re, re, im * im);
-      total += power[i];
     }
-    return total;
-  };
-  // A lane without a butterfly has nothing to save.
-  const bool safe = safe_power(powers(Index<0>{})) || !active;
-  if (!__all_sync(0xffffffffu, safe)) {  // far from 1, zero, infinite or NaN: scale by a power of two
-    unsigned bits = 0;
-    if (active)
-#pragma unroll 1
-      for (int i = 0; i < R; ++i) {
-        const float2 v = at(i);
-        bits = max(bits, max(__float_as_uint(v.x) & 0x7fffffffu, __float_as_uint(v.y) & 0x7fffffffu));
-      }
-    bits = __reduce_max_sync(0xffffffffu, bits);
-    exponent = bits == 0 || bits >= 0x7f800000u ? 0 : max(-126, min(120, ilogbf(__uint_as_float(bits)) + 6));
-    scale = scalbnf(1.0f, -exponent);
-    if (bits != 0) powers(Index<1>{});
   }
   return __hiloint2double((1023 + 2 * exponent) << 20, 0);
+}
+
+// A column's last butterfly, of elements at(i), and the powers of its results. Keep writes the results back.
+template <int R, bool Keep, class At>
+__device__ __forceinline__ double column_powers(const At& at, bool active, float (&power)[R]) {
+  float2 a[R];
+#pragma unroll
+  for (int i = 0; i < R; ++i) a[i] = active ? at(i) : float2{0, 0};
+  dft<R>(a);
+  if (Keep && active)
+#pragma unroll
+    for (int i = 0; i < R; ++i) at(i) = a[i];
+  return powers(a, active, power);
 }
 
 // Four sums over a warp in six shuffles, halving the values while halving the lanes: lanes 0, 8, 16 and 24 have x, y, z
@@ -367,11 +363,14 @@ __device__ __forceinline__ void cluster_gather(const ClusterScene<F>& c, int64_t
 }
 
 // From global memory to the columns after their first butterfly, for pairs [first, first + pairs). Every block of the
-// cluster has arrived, or will, for the barrier that says that its columns may be written to.
-template <class F>
-__device__ __forceinline__ void cluster_forward(const ClusterScene<F>& c, int first, int pairs) {
+// cluster has arrived, or will, for the barrier that says that its columns may be written to. beside(thread, threads)
+// is run by the warps that have no rows, where they are a quarter or more, else by all, after their rows.
+template <class F, class Beside>
+__device__ __forceinline__ void cluster_forward(const ClusterScene<F>& c, int first, int pairs, const Beside& beside) {
   const int planes = c.source.signals * pairs;
-  cluster_rows_first<F>(c, first, pairs);
+  const unsigned rows = (planes * F::rows * F::w2 + 31) / 32 * 32, apart = 4 * rows <= 3 * blockDim.x ? rows : 0;
+  if (threadIdx.x < rows) cluster_rows_first<F>(c, first, pairs);
+  if (threadIdx.x >= apart) beside(threadIdx.x - apart, blockDim.x - apart);
   __syncthreads();
   cluster_rows_last<F>(c, planes);
   __syncthreads();
@@ -448,7 +447,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       cluster_arrive();  // its columns may be overwritten
     }
     const int here = min(plan.pairs_at_once, end - first);
-    cluster_forward<F>(c, first, here);
+    cluster_forward<F>(c, first, here, [](unsigned, unsigned) {});
     cluster_columns_last<F, Keep>(c, here, carried);
     if constexpr (Keep) {
       __syncthreads();

@@ -1,13 +1,9 @@
 // The variant of the band kernels for the usual latent sizes on sm_90: host side. See cluster.cuh.
 #pragma once
 
-#include "band_energy/energies.cuh"
-#include "band_energy/finish.cuh"
+#include "band_energy/plane.h"
 
 namespace fera::cuda {
-
-// fecl: energies, loss and gradient in one launch.
-enum class ClusterTask { energies, adjoint, fecl };
 
 // The environment's variable with numbers for the launches of this variant.
 constexpr const char* kClusterWish = "FERA_BAND_CLUSTER";

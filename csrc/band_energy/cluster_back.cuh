@@ -25,21 +25,96 @@ struct ClusterGradient {
   float* loss;
 };
 
+// 2^e for e from -1022 to 1023.
+__device__ __forceinline__ double power_of_two(int e) { return __hiloint2double((1023 + e) << 20, 0); }
+
+// The power of two above a magnitude whose exponent's bits these are, plus 1 (0: none is known), as far as its inverse
+// is a number too.
+__device__ __forceinline__ unsigned exponent_bits(double value) {
+  const unsigned bits = __double2hiint(value) >> 20 & 0x7ff;
+  return value != 0 && bits != 0x7ff ? bits + 1 : 0;
+}
+// Over a warp.
+__device__ __forceinline__ int common_exponent(unsigned bits) {
+  const int largest = static_cast<int>(__reduce_max_sync(0xffffffffu, bits));
+  return largest == 0 ? 0 : max(-1021, min(largest - 1023, 1022));
+}
+
 // Coefficients (signals, K+1) to shared float32, each signal's padded to quadruples, at most 1 in magnitude once the
 // power of two 2^exponent is taken out. Warp 0 calls it.
 __device__ __forceinline__ void scale_coefficients(const double* raw, int signals, int bands, float* c, int* exponent) {
   const int lane = threadIdx.x, entries = bands + 1, padded = 4 * (bands / 4 + 1);
-  double largest = 0;
-  for (int i = lane; i < signals * entries; i += 32)
-    if (isfinite(raw[i])) largest = fmax(largest, fabs(raw[i]));
-#pragma unroll 1
-  for (int offset = 16; offset > 0; offset /= 2) largest = fmax(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
-  const int e = largest > 0 ? ilogb(largest) + 1 : 0;
+  unsigned bits = 0;
+  for (int i = lane; i < signals * entries; i += 32) bits = max(bits, exponent_bits(raw[i]));
+  const int e = common_exponent(bits);
   for (int i = lane; i < signals * padded; i += 32) {
     const int s = i >= padded, k = i - s * padded;
-    c[i] = k < entries ? static_cast<float>(ldexp(raw[s * entries + k], -e)) : 0.0f;
+    c[i] = k < entries ? static_cast<float>(raw[s * entries + k] * power_of_two(-e)) : 0.0f;
   }
   if (lane == 0) *exponent = e;
+}
+
+// load_coefficients by one warp, of one signal, in two halves: what it reads is on its way while other things happen.
+class EarlyCoefficients {
+ public:
+  __device__ __forceinline__ void read(const Coefficients& from, int64_t n, int bands) {
+    const int k = threadIdx.x % 32;
+    if (k >= bands) return;
+    grad_ = static_cast<const float*>(from.grad)[n * bands + k];
+    if (from.indicator == nullptr) return;
+    share_ = static_cast<const float*>(from.indicator)[n * bands + k];
+    total_ = from.total[n];
+  }
+  // To c, `count` of them, the absent ones 0. The warp is synchronised on return.
+  __device__ __forceinline__ void write(const Coefficients& from, int bands, int count, float* c, int* exponent) const {
+    const int k = threadIdx.x % 32;
+    double value = 2 * static_cast<double>(grad_);
+    if (from.indicator != nullptr) {
+      double above = 0;  // above_mean
+#pragma unroll 1
+      for (int j = 0; j < bands; ++j)
+        above += static_cast<double>(__shfl_sync(0xffffffffu, share_, j)) *
+                 (static_cast<double>(grad_) - static_cast<double>(__shfl_sync(0xffffffffu, grad_, j)));
+      // A latent of 0 and an eps of 0 has no gradient.
+      value = k < bands && total_ != 0 ? 2 * (above + grad_ * (from.eps / total_)) / total_ : 0;
+    }
+    const int e = common_exponent(exponent_bits(value));
+    if (k < count) c[k] = static_cast<float>(value * power_of_two(-e));
+    if (k == 0) *exponent = e;
+    __syncwarp();
+  }
+
+ private:
+  float grad_ = 0, share_ = 0;
+  double total_ = 0;
+};
+
+// cluster_weights through registers, by `threads` threads, in less time where the index arithmetic is cheap
+// (F::shifts).
+template <class F>
+__device__ __forceinline__ void cluster_weights_beside(const ClusterScene<F>& c, unsigned thread, unsigned threads) {
+  constexpr unsigned H = F::H, W = F::W, plane = H * (W / 2 + 1), count = H * F::cols;
+  constexpr int at_once = 4;
+#pragma unroll 1
+  for (int g = 0; g < c.groups; ++g)
+#pragma unroll 1
+    for (unsigned first = thread; first < count; first += at_once * threads) {
+      float4 w[at_once];
+#pragma unroll
+      for (int k = 0; k < at_once; ++k) {
+        const unsigned t = first + k * threads, u = t / F::cols, x = min(c.rank * F::cols + t % F::cols, W - 1);
+        const bool mirrored = x > W / 2;
+        const float* from =
+            c.masks + 4 * g * plane + (mirrored && u > 0 ? H - u : u) * (W / 2 + 1) + (mirrored ? W - x : x);
+        const auto weight = [&](int i) {
+          return 4 * g + i < c.bands ? __ldg(from + i * plane) : 4 * g + i == c.bands ? 1.0f : 0.0f;
+        };
+        if (t < count) w[k] = {weight(0), weight(1), weight(2), weight(3)};
+      }
+#pragma unroll
+      for (int k = 0; k < at_once; ++k)
+        if (first + k * threads < count) c.shared.slab[g * count + first + k * threads] = w[k];
+    }
 }
 
 // sum_s T_s S_s of the columns, exchanged, and the second butterfly backwards, into signal 0's columns. Done says that
@@ -220,8 +295,13 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
                           cluster_shared<F>(raw, plan, source.signals, bands)};
   const bool fecl = to.losses != nullptr;
   cluster_arrive_relaxed();  // it has started, and may be written to
-  cluster_weights<F>(c);
-  if (!fecl) {
+  // Of one signal, where weights come beside the rows: so do the coefficients, by the last warp.
+  const bool beside = F::shifts && !fecl && to.from.table == nullptr;
+  if (!beside) cluster_weights<F>(c);
+  const bool single = beside && threadIdx.x / 32 == blockDim.x / 32 - 1;
+  EarlyCoefficients early;
+  if (single) early.read(to.from, n, bands);
+  if (!fecl && !beside) {
     __shared__ float dense[2 * (FERA_MAX_BANDS + 1)];
     load_coefficients(to.from, n, bands, source.signals, dense, &exponent);
     const int padded = 4 * c.groups, i = threadIdx.x;
@@ -240,7 +320,11 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     if (first > c.cluster * plan.pairs_of) cluster_arrive();
     const int here = min(plan.pairs_at_once, end - first);
     if (to.kept == nullptr) {
-      cluster_forward<F>(c, first, here);
+      cluster_forward<F>(c, first, here, [&](unsigned thread, unsigned threads) {
+        if (!beside || first != c.cluster * plan.pairs_of) return;
+        cluster_weights_beside<F>(c, thread, threads);
+        if (single) early.write(to.from, bands, 4 * c.groups, coefficients, &exponent);
+      });
     } else {
       cluster_keep<F, true>(c, first, here, to.kept);
       await_copies();  // the weights too, the first time
@@ -272,7 +356,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
           scale_coefficients(raw_coefficients, 2, bands, coefficients, &exponent);
           if (c.rank == 0 && c.cluster == 0 && threadIdx.x == 0) {
             if (alone) to.losses[n] = loss;
-            to.factor[n] = ldexp(1.0, exponent);
+            to.factor[n] = power_of_two(exponent);
           }
         }
         if (!alone && blockIdx.x == 0) cluster_losses<F>(c, to);
@@ -292,7 +376,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     cluster_arrive();
     cluster_wait();
     const int e = fecl || to.from.factor != nullptr ? 0 : exponent;
-    const Scale<float> scale(ldexp(1.0 / (static_cast<double>(F::H) * F::W), e));
+    const Scale<float> scale(1.0 / (static_cast<double>(F::H) * F::W) * power_of_two(e));
     cluster_rows_back<F>(c, to.dz, first, here, scale);
     __syncthreads();
   }

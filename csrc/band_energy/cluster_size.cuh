@@ -52,6 +52,7 @@ struct ClusterSize {
   }
   static constexpr int row_butterflies = rows * (w1 > w2 ? w1 : w2), column_butterflies = cols * (h1 > h2 ? h1 : h2),
                        butterflies = row_butterflies > column_butterflies ? row_butterflies : column_butterflies;
+  static constexpr bool shifts = (cols & (cols - 1)) == 0;  // a block's columns are told apart without divisions
   static constexpr bool even_rows = H % S == 0, even_cols = W % S == 0;
   static_assert(w1 > 0 && h1 > 0, "no two radices make this size");
   static_assert(rows * w1 <= 256 && cols * h2 <= 256, "a plane's last butterflies must fit a block");

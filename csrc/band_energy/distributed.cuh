@@ -23,6 +23,11 @@ __device__ __forceinline__ void store_remote(uint32_t address, double v) {
   asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(address), "d"(v) : "memory");
 }
 // Element i from there on.
+__device__ __forceinline__ void store_remote(uint32_t address, unsigned i, float2 v) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address + i * static_cast<unsigned>(sizeof(float2))),
+               "f"(v.x), "f"(v.y)
+               : "memory");
+}
 __device__ __forceinline__ float2 load_remote(uint32_t address, unsigned i) {
   float2 v;
   asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
@@ -51,6 +56,12 @@ __device__ __forceinline__ void copy_async(float4* to, const float4* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// So many bytes, a multiple of 16, from an address of 16; where that is odd, none.
+__device__ __forceinline__ void prefetch_l2(const void* from, unsigned bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 == 0 && bytes % 16 == 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 
 // Of what is read once: L1 keeps what it has.
 template <class T>

@@ -1,29 +1,41 @@
-// The cluster variant's other kernels, for many planes: a block a plane. Host side; see plane.cuh.
+// The cluster variant's other kernels, by planes: a block a plane, or a few blocks. Host side; see plane.cuh.
 #pragma once
 
 #include "band_energy/energies.cuh"
 
 namespace fera::cuda {
 
-// Whether this device, size, dtype and layout have kernels of a block a plane, with so many threads if any are asked
-// for, and, unless they are wished for, whether there are planes for a third of the multiprocessors: a plane's time is
-// a plane's, however few there are, and a cluster has shared one of so many sooner.
-bool plane_takes(const Source& source, const fera_filters& filters, bool wished, int threads);
+// fecl: energies, loss and gradient in one launch.
+enum class ClusterTask { energies, adjoint, fecl };
 
-size_t plane_workspace(const Source& source, const fera_filters& filters);
+// Numbers asked for; 0 leaves one to the rules.
+struct PlaneWish {
+  int split;     // blocks of a plane
+  int threads;   // of a block
+  int launches;  // of FECL's energies and gradient: 1 or 2
+};
+
+// Whether this device, size, dtype and layout have such kernels and, unless they are wished for, whether the task has
+// planes enough for them. Of two signals energies are FECL's.
+bool plane_takes(const Source& source, const fera_filters& filters, ClusterTask task, bool wished,
+                 const PlaneWish& wish);
+
+size_t plane_workspace(const Source& source, const fera_filters& filters, const PlaneWish& wish);
 
 // Of two signals the losses, and in a second launch their mean to `loss`.
 fera_status plane_energies_launch(const char* op, const Source& source, const fera_filters& filters,
-                                  const Finish<float>& finish, float* loss, int threads, const fera_context* context);
+                                  const Finish<float>& finish, float* loss, const PlaneWish& wish,
+                                  const fera_context* context);
 // Of one signal.
 fera_status plane_adjoint_launch(const char* op, const Source& source, const fera_filters& filters,
-                                 const Coefficients& from, const Output& dz, int threads, const fera_context* context);
+                                 const Coefficients& from, const Output& dz, const PlaneWish& wish,
+                                 const fera_context* context);
 
 // Whether FECL's planes all run side by side, so that one launch can make loss and gradient.
-bool plane_fecl_fits(const Source& source, int threads);
+bool plane_fecl_fits(const Source& source, const PlaneWish& wish);
 // The loss, and its gradient divided by factor[n], in one launch (only where they fit) or two.
 fera_status plane_fecl_launch(const char* op, const Source& source, const fera_filters& filters,
                               const Finish<float>& finish, float* loss, const View& gradient, double* factor,
-                              int threads, int launches, const fera_context* context);
+                              const PlaneWish& wish, const fera_context* context);
 
 }  // namespace fera::cuda

@@ -11,6 +11,7 @@ namespace fera::cuda {
 // An int of the compiler's, as a value that device code may convert.
 template <int I>
 struct Index {
+  static constexpr int value = I;
   __host__ __device__ constexpr operator int() const { return I; }
 };
 

@@ -92,6 +92,11 @@ struct Scale {
   __device__ explicit Scale(double factor)
       : exact(factor), plain(static_cast<Real>(factor)), fits(factor >= 1e-37 && factor <= 1e37) {}
   __device__ Real operator()(Real value) const { return fits ? value * plain : static_cast<Real>(value * exact); }
+  // The same where `fits` has been asked once for many.
+  template <bool Fits>
+  __device__ Real apply(std::bool_constant<Fits>, Real value) const {
+    return Fits ? value * plain : static_cast<Real>(value * exact);
+  }
 };
 
 // Where the gradient's coefficients come from: dz = sum_s (sum_k c[s][k] H_k^T H_k s + c[s][K] s).

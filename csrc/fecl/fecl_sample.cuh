@@ -13,9 +13,11 @@ __device__ inline double fecl_sample_warp(const double* d2, const double* r2, in
   const double mine_d2 = k <= bands ? d2[k] : 0, mine_r2 = k <= bands ? r2[k] : 0;
   const double dk = sqrt(mine_d2), rk = sqrt(mine_r2);
   const double d = __shfl_sync(0xffffffffu, dk, bands), r = __shfl_sync(0xffffffffu, rk, bands);
+  int half = 1;  // of the lanes that have something to add
+  while (2 * half <= bands) half *= 2;
   double bands_sum = band ? mine_r2 : 0.0;
 #pragma unroll 1
-  for (int offset = 16; offset > 0; offset /= 2) bands_sum += __shfl_xor_sync(0xffffffffu, bands_sum, offset);
+  for (int offset = half; offset > 0; offset /= 2) bands_sum += __shfl_xor_sync(0xffffffffu, bands_sum, offset);
   bands_sum += eps;
   auto inverse = [](double v) { return v > 0 || v != v ? 1 / v : 0; };
   const double inverse_sum = inverse(bands_sum), inverse_d = inverse(d + eps), inverse_r = inverse(r + eps);
@@ -23,7 +25,7 @@ __device__ inline double fecl_sample_warp(const double* d2, const double* r2, in
   // Three sums at a time: a shuffle waits as long for one as for three.
   double loss = pull * gap, whole_d = -pull * dk, whole_r = pull * rk;
 #pragma unroll 1
-  for (int offset = 16; offset > 0; offset /= 2) {
+  for (int offset = half; offset > 0; offset /= 2) {
     loss += __shfl_xor_sync(0xffffffffu, loss, offset);
     whole_d += __shfl_xor_sync(0xffffffffu, whole_d, offset);
     whole_r += __shfl_xor_sync(0xffffffffu, whole_r, offset);

@@ -183,13 +183,37 @@ void forced_clusters(fera_device device) {
   expect_error(FERA_RUN(band_energy, device, a), FERA_INVALID,
                "band_energy: FERA_BAND_CLUSTER must be one that this device, size, dtype, layout and these bands have, "
                "got blocks=16");
+  done("band_energy forced clusters", device);
+}
+
+// A plane in a block or a few, their energies met in a cluster or (launches=2) at the grid's barrier.
+void forced_planes(fera_device device) {
+  if (!has_clusters(device)) return;
+  const Layout plain = Layout::contiguous, sliced = Layout::sliced;
   check_plans<Case>(
       {
-          {"blocks=1", {device, FERA_F32, 2, 3, {104, 156}, 3, 0, plain, 1.0, 1e-8}},
-          {"blocks=1", {device, FERA_BF16, 1, 4, {104, 156}, 5, 0, plain, 1.0, 1e-8}},
+          {"split=1", {device, FERA_F32, 2, 3, {64, 64}, 3, 0, plain, 1.0, 1e-8}},
+          {"split=1", {device, FERA_BF16, 1, 5, {64, 64}, 16, 0, plain, 1.0, 1e-8}},
+          {"split=1,launches=2", {device, FERA_F16, 3, 4, {64, 64}, 5, 0, sliced, 1.0, 1e-8}},
+          {"split=1", {device, FERA_F32, 1, 4, {72, 128}, 4, 0, plain, 1.0, 1e-8}},
+          {"split=1,launches=2", {device, FERA_F16, 34, 1, {72, 128}, 3, 0, plain, 1.0, 1e-8}},
+          {"split=1,launches=2", {device, FERA_F32, 1, 3, {128, 128}, 3, 0, plain, 1.0, 1e-8}},
+          {"split=2", {device, FERA_F32, 1, 3, {128, 128}, 16, 0, plain, 1.0, 1e-8}},
+          {"split=2,launches=2", {device, FERA_BF16, 2, 2, {128, 128}, 1, 0, sliced, 1.0, 1e-8}},
+          {"split=1", {device, FERA_F32, 1, 1, {104, 152}, 3, 0, plain, 1.0, 1e-8}},
+          {"split=4", {device, FERA_F32, 1, 4, {104, 152}, 4, 0, plain, 1.0, 1e-8}},
+          {"split=4,launches=2", {device, FERA_F16, 2, 1, {104, 152}, 2, 0, plain, 1.0, 1e-8}},
+          {"split=1", {device, FERA_F32, 2, 1, {104, 156}, 3, 0, plain, 1.0, 1e-8}},
+          {"split=2", {device, FERA_F32, 1, 3, {104, 156}, 4, 0, plain, 1.0, 1e-8}},
+          {"split=4", {device, FERA_BF16, 1, 2, {104, 156}, 5, 0, plain, 1.0, 1e-8}},
       },
-      1, check);
-  done("band_energy forced clusters", device);
+      3, check);
+  for (const char* wish : {"split=1", "split=1,launches=2"})
+    for (const double scale : {0.0, 1e18, 1e-20, 1e-30, 1e-41, 1e15}) {
+      const Forced forced("FERA_BAND_CLUSTER", wish);
+      check({device, FERA_F32, 2, 3, {64, 64}, 3, 0, Layout::contiguous, scale, 1e-8});
+    }
+  done("band_energy forced planes", device);
 }
 
 // Separable filters of the usual sizes and of odd ones, with wide and narrow reaches.
@@ -364,6 +388,7 @@ int main() {
     sizes(device);
     usual_sizes(device);
     forced_clusters(device);
+    forced_planes(device);
     usual_blurs(device);
     variant(device);
     ranges(device);

@@ -190,7 +190,7 @@ void forced_clusters(fera_device device) {
       3, check);
   // Spectra of 16 planes: several clusters a sample.
   if (!brief()) check({device, FERA_F32, 2, 16, {128, 128}, 3, 0, Layout::contiguous, 1});
-  // Two blocks a pair of planes.
+  // By planes.
   check_plans<Case>(
       {
           {"blocks=1,launches=1", {device, FERA_F32, 2, 3, {128, 128}, 3, 0, plain, 1, false}},
@@ -201,6 +201,17 @@ void forced_clusters(fera_device device) {
           {"blocks=1", {device, FERA_F32, 2, 4, {128, 128}, 3, 0, plain, 1, true}},
           {"blocks=1,launches=1", {device, FERA_F32, 1, 5, {104, 156}, 3, 0, plain, 1e-15, false}},
           {"blocks=1,launches=2", {device, FERA_F32, 2, 2, {104, 156}, 4, 0, plain, 1, false}},
+          {"split=1,launches=1", {device, FERA_F32, 3, 5, {64, 64}, 3, 0, plain, 1, false}},
+          {"split=1,launches=2", {device, FERA_F32, 2, 3, {72, 128}, 3, 0, plain, 1, false}},
+          {"split=1,launches=1", {device, FERA_F16, 2, 3, {72, 128}, 16, 0, plain, 1, false}},
+          {"split=1,launches=1", {device, FERA_F32, 2, 4, {72, 128}, 3, 0, plain, 1, true}},
+          {"split=1,launches=1", {device, FERA_F32, 2, 3, {64, 64}, 4, 0, plain, 1e18, false}},
+          {"split=2,launches=1", {device, FERA_F32, 1, 4, {128, 128}, 3, 0, plain, 1, false}},
+          {"split=2,launches=2", {device, FERA_BF16, 1, 2, {128, 128}, 5, 0, plain, 1, false}},
+          {"split=4,launches=2", {device, FERA_F32, 1, 2, {104, 152}, 3, 0, plain, 1, false}},
+          {"split=4,launches=1", {device, FERA_F32, 1, 3, {104, 152}, 3, 0, plain, 1, false}},
+          {"split=1,launches=1", {device, FERA_F32, 1, 2, {104, 152}, 3, 0, plain, 1, false}},
+          {"split=4,launches=1", {device, FERA_F32, 1, 2, {104, 156}, 3, 0, plain, 1, false}},
       },
       2, check);
   done("fecl_loss forced clusters", device);
