@@ -178,7 +178,8 @@ int arch_of_device() {
 
 template <class Args>
 bool takes(Variant variant, const Args& a) {
-  if (variant == Variant::wgmma) return a.weight.data != nullptr && *cuda::fused_refuses(a) == 0;
+  if (variant == Variant::wgmma)
+    return (a.weight.data != nullptr || !cuda::fused_needs_weight(a)) && *cuda::fused_refuses(a) == 0;
   return variant != Variant::mma || *cuda::skinny_refuses(a) == 0;
 }
 
@@ -196,12 +197,15 @@ Variant chosen(const Args& a) {
 
 bool known() { return wished("auto") || wished("tiles") || wished("mma") || wished("wgmma"); }
 
-// A weight asks for the fused kernel and nothing else; without one a wish for it is a wish for its skinny products.
+// A weight asks for the fused kernel and nothing else; without one, where it needs one, a wish for it is a wish for its
+// skinny products.
 template <class Args>
 Variant variant_of(const Args& a) {
   if (!known()) return Variant::none;
   if (a.weight.data != nullptr)
     return (wished("auto") || wished("wgmma")) && *cuda::fused_refuses(a) == 0 ? Variant::wgmma : Variant::none;
+  if ((wished("auto") || wished("wgmma")) && !cuda::fused_needs_weight(a) && takes(Variant::wgmma, a))
+    return Variant::wgmma;
   const bool skinny = *cuda::skinny_refuses(a) == 0;
   if (wished("tiles") || (wished("auto") && !skinny)) return Variant::tiles;
   return skinny ? Variant::mma : Variant::none;

@@ -13,11 +13,14 @@
 namespace fera::cuda {
 namespace {
 
-const char* refuses(const fera_rows& weight, int64_t width) {
-  if (weight.data == nullptr) return "the base product is not asked for";
+const char* refuses_device() {
   if (std::strstr(fera_cuda_targets(), "90a") == nullptr) return "the build has no kernels for sm_90a";
   if (hopper() == 0) return "the device is not of sm_90";
-  if (encoder() == nullptr) return "the driver knows no tensor maps";
+  return encoder() == nullptr ? "the driver knows no tensor maps" : "";
+}
+const char* refuses(const fera_rows& weight, int64_t width) {
+  if (weight.data == nullptr) return "the base product is not asked for";
+  if (const char* why = refuses_device(); *why != 0) return why;
   if (reinterpret_cast<uintptr_t>(weight.data) % 16 != 0 || weight.stride % 8 != 0 || weight.stride < width)
     return "rows of the weight are not aligned to 16 bytes";
   return "";
@@ -143,6 +146,10 @@ fera_status launch_products(const char* op, const Products& p, bool follows, cud
   return launch_products<Place::outside>(op, p, follows, stream);
 }
 
+bool fused_needs_weight(const fera_expert_update_backward_args& a) {
+  return a.dx.data != nullptr || !wide_ranks(a.experts);
+}
+
 const char* fused_refuses(const fera_expert_update_args& a) {
   if (a.experts.dropout > 0) return "dropout is asked for";  // x goes from memory to the tensor cores untouched
   const char* why = wide_ranks(a.experts) ? wide_refuses(a) : skinny_refuses(a);
@@ -154,7 +161,8 @@ const char* fused_refuses(const fera_expert_update_args& a) {
 const char* fused_refuses(const fera_expert_update_backward_args& a) {
   if (a.experts.dropout > 0) return "dropout is asked for";  // x goes from memory to the tensor cores untouched
   const char* why = wide_ranks(a.experts) ? wide_refuses(a) : skinny_refuses(a);
-  if (*why == 0) why = refuses(a.weight, a.experts.in);
+  // Without dx, kernels of their own make the gradients of wide ranks: they read no weight.
+  if (*why == 0) why = fused_needs_weight(a) ? refuses(a.weight, a.experts.in) : refuses_device();
   if (*why == 0 && repeats(a.dy, a.experts.out)) why = "rows of dy repeat";
   return why;
 }

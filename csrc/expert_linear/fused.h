@@ -79,6 +79,10 @@ fera_status launch_wide_products(const char* op, const Products& p, bool follows
 const char* fused_refuses(const fera_expert_update_args& a);
 const char* fused_refuses(const fera_expert_update_backward_args& a);
 
+// Whether it has anything to do without the base weight.
+inline bool fused_needs_weight(const fera_expert_update_args&) { return true; }
+bool fused_needs_weight(const fera_expert_update_backward_args& a);
+
 size_t fused_workspace(const fera_expert_update_args& a);
 size_t fused_workspace(const fera_expert_update_backward_args& a);
 

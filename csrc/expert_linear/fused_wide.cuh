@@ -69,6 +69,8 @@ struct WideSize {
   static constexpr int own = boxes * kPieceBytes, staging = kWideWarps * own;  // a warp's 16 rows
   static constexpr int stages = (227 * 1024 - 1024 - 512 - staging) / stage;
   static constexpr int bytes = stages * stage + staging + 512 + 1024;  // 1024: to align the start
+  // Of the 168 a thread that a block gets, so that 128 of these and 256 of the others are no more.
+  static constexpr int producer_registers = kN > 128 && kNMajor ? 40 : 56;
 };
 
 #if defined(FERA_SM90A)
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     cluster_meet();
 
   if (group == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Size::producer_registers));
     if (threadIdx.x == 0) {
       int stage = 0;
       uint32_t parity = 1;  // a fresh barrier counts as having completed the phase before its first
@@ -279,7 +281,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(252 - Size::producer_registers / 2));
     const int mine = group - 1;
     const uint32_t own = staging + (mine * kGroupWarps + warp) * Size::own;
     const auto release = [&](int s) {

@@ -88,19 +88,20 @@ struct Turns {
     barrier_arrive(empty(group));
     return index;
   }
-  // The warpgroup's turn number `turn` of its own.
+  // The warpgroup's turn number `turn` of its own. One lane reads the slot, and only then gives it back.
   __device__ Turn take(int group, int turn, int lane) const {
-    barrier_wait(full(group), turn % 2);
-    int index, stage, unused;
-    uint32_t parity;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(index), "=r"(stage), "=r"(parity), "=r"(unused)
-                 : "r"(slot(group))
-                 : "memory");
-    index = uniform(index), stage = uniform(stage), parity = static_cast<uint32_t>(uniform(static_cast<int>(parity)));
-    if (lane == 0) barrier_arrive(empty(group));
+    int index = 0, stage = 0, parity = 0, unused;
+    if (lane == 0) {
+      barrier_wait(full(group), turn % 2);
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(index), "=r"(stage), "=r"(parity), "=r"(unused)
+                   : "r"(slot(group))
+                   : "memory");
+      barrier_arrive(empty(group));
+    }
+    index = uniform(index), stage = uniform(stage), parity = uniform(parity);
     if (index >= 0) order().await(group, turn);
-    return {index, stage, parity};
+    return {index, stage, static_cast<uint32_t>(parity)};
   }
 };
 
