@@ -176,7 +176,7 @@ def test_many_planes(op: str, shape: tuple[int, ...]) -> None:
 def test_an_unknown_plan(op: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CLUSTER, plan)
     given = _sample(op, (2, 4, 64, 64), Bands.dog(3)).cast(torch.float32, CUDA)
-    sentence = f"{op}: {CLUSTER} must be like blocks=8,threads=256,clusters=2,pairs=1,launches=2, got {plan}"
+    sentence = f"{op}: {CLUSTER} must be like blocks=8,threads=256,clusters=2,pairs=1,launches=2,split=2, got {plan}"
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
         given.run(ops)
 

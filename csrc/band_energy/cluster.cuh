@@ -135,12 +135,7 @@ __device__ __forceinline__ void cluster_rows_first(const ClusterScene<F>& c, int
           if (two) load_strided<T, R, M>(minus + other.stride_p, &a[0].y, true);
         }
       };
-      if (c.source.dtype == FERA_F32)
-        load(float{});
-      else if (c.source.dtype == FERA_BF16)
-        load(Bfloat{});
-      else
-        load(Half{});
+      with_element(c.source.dtype, load);
     }
     float2 root[R];
     powers_of<R>(kRoots<F::W>.root[j], root);

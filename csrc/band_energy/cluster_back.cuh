@@ -209,12 +209,7 @@ __device__ __forceinline__ void write_row(const Source& source, const Output& dz
 #pragma unroll
       for (int i = 0; i < R; ++i) to[dz.view.stride_p + i * step] = narrow<T>(scale(a[i].x));
   };
-  if (dz.wide || source.dtype == FERA_F32)
-    write(float{});
-  else if (source.dtype == FERA_BF16)
-    write(Bfloat{});
-  else
-    write(Half{});
+  with_element(dz.wide ? FERA_F32 : source.dtype, write);
 }
 
 // Both butterflies of the rows backwards -> global memory, scaled.

@@ -41,7 +41,7 @@ bool denied(const Source& source, Variant variant) {
 // A wish that cannot be granted is an error, never another kernel.
 fera_status check_wish(const char* op, const Source& source, Variant variant) {
   FERA_CHECK(op, known(), "FERA_BAND_VARIANT", "auto, cluster, strips or grid", wished());
-  FERA_CHECK(op, cluster_wish_known(), kClusterWish, "like blocks=8,threads=256,clusters=2,pairs=1,launches=2",
+  FERA_CHECK(op, cluster_wish_known(), kClusterWish, "like blocks=8,threads=256,clusters=2,pairs=1,launches=2,split=2",
              std::getenv(kClusterWish));
   const bool denies = denied(source, variant);
   FERA_CHECK(op, !(denies && cluster_wish_given() && wishes("cluster")), kClusterWish,

@@ -179,12 +179,7 @@ __device__ __forceinline__ void read_patch(const Source& source, int64_t n, int 
     read(source.whole, false);
     if constexpr (Signals == 2) read(source.minus[signal], true);
   };
-  if (source.dtype == FERA_F32)
-    load(float{});
-  else if (source.dtype == FERA_BF16)
-    load(Bfloat{});
-  else
-    load(Half{});
+  with_element(source.dtype, load);
 }
 
 // w_H^j and w_W^m of a patch, read before they are needed.
@@ -278,12 +273,7 @@ __device__ __forceinline__ void write_patch(const Source& source, const Output& 
 #pragma unroll
         for (int x = 0; x < F::wb; ++x) to[dz.view.stride_p + y * row + x * step] = narrow<T>(a[x][y].x);
   };
-  if (dz.wide || source.dtype == FERA_F32)
-    write(float{});
-  else if (source.dtype == FERA_BF16)
-    write(Bfloat{});
-  else
-    write(Half{});
+  with_element(dz.wide ? FERA_F32 : source.dtype, write);
 }
 
 // A line's butterfly, in place: their second forward, their first on the way back.

@@ -40,6 +40,17 @@ inline Source source_of(const fera_latent& base, const fera_latent& fera, const 
   return s;
 }
 
+// f(T{}) for the element type of a dtype that is not float64.
+template <class F>
+__device__ __forceinline__ void with_element(fera_dtype dtype, F&& f) {
+  if (dtype == FERA_F32)
+    f(float{});
+  else if (dtype == FERA_BF16)
+    f(Bfloat{});
+  else
+    f(Half{});
+}
+
 // One plane of a virtual sample: its base pointers and strides, worked out once.
 template <class T>
 struct Plane {

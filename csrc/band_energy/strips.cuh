@@ -227,17 +227,6 @@ __device__ __forceinline__ void store_four(T* row, int64_t step, int x, int w, b
   if (x + 3 < w) row[(x + 3) * step] = narrow<T>(v.w);
 }
 
-// f(T{}) for the element type of a dtype that is not float64.
-template <class F>
-__device__ __forceinline__ void with_element(fera_dtype dtype, F&& f) {
-  if (dtype == FERA_F32)
-    f(float{});
-  else if (dtype == FERA_BF16)
-    f(Bfloat{});
-  else
-    f(Half{});
-}
-
 // ---- blurs of a strip ----
 
 // Rows of a plane, groups [first, last), to tile, 0 beyond the plane's edges.

@@ -102,21 +102,10 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   const int rank = kCluster == 1 ? 0 : cluster_rank();
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
 
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
-      barrier_init(full + s * 8, 1);
-      barrier_init(empty + s * 8, 8 * kCluster);  // a warp of either warpgroup of each block
-    }
+  // A warp of either warpgroup of each block reads a stage.
+  begin_ring<kStages, kCluster>(full, empty, 8 * kCluster, [&] {
     if constexpr (kBeside > 0) queue.init();
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    publish_shared();
-  }
-  let_next_start();
-  __syncwarp();  // what one lane did is behind its warp before the aligned barriers
-  if constexpr (kCluster == 1)
-    __syncthreads();
-  else
-    cluster_meet();
+  });
 
   if (group == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));

@@ -33,21 +33,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   const int rank = kCluster == 1 ? 0 : cluster_rank();
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
 
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
-      barrier_init(full + s * 8, 1);
-      barrier_init(empty + s * 8, kGroupWarps * kCluster);
-    }
-    order.init();
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    publish_shared();
-  }
-  let_next_start();
-  __syncwarp();  // what one lane did is behind its warp before the aligned barriers
-  if constexpr (kCluster == 1)
-    __syncthreads();
-  else
-    cluster_meet();
+  begin_ring<kStages, kCluster>(full, empty, kGroupWarps * kCluster, [&] { order.init(); });
 
   if (group == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");

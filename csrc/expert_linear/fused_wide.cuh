@@ -144,22 +144,10 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 % 4), lane = threadIdx.x % 32;
   const int rank = kCluster == 1 ? 0 : cluster_rank();
 
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
-      barrier_init(full + s * 8, 1);
-      barrier_init(empty + s * 8, kGroupWarps * kCluster);
-    }
+  begin_ring<kStages, kCluster>(full, empty, kGroupWarps * kCluster, [&] {
     queue.init();
     turns.init();
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    publish_shared();
-  }
-  let_next_start();
-  __syncwarp();  // what one lane did is behind its warp before the aligned barriers
-  if constexpr (kCluster == 1)
-    __syncthreads();
-  else
-    cluster_meet();
+  });
 
   if (group == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Size::producer_registers));

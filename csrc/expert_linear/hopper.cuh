@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "common/cuda_overlap.cuh"
 #include "expert_linear/tensor_core.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -122,6 +123,28 @@ __device__ inline void wait_stores() {
 __device__ inline void stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // What this thread wrote to shared memory is seen by copies and products that are issued after the next barrier.
 __device__ inline void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The start of a kernel that passes kStages stages of shared memory around: a barrier of each that says that its bytes
+// are there, one that `readers` warps are done with it; `more` makes others. Where it returns, all blocks of the
+// cluster may use them.
+template <int kStages, int kCluster, class More>
+__device__ inline void begin_ring(uint32_t full, uint32_t empty, int readers, const More& more) {
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      barrier_init(full + s * 8, 1);
+      barrier_init(empty + s * 8, readers);
+    }
+    more();
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_shared();
+  }
+  let_next_start();
+  __syncwarp();  // what one lane did is behind its warp before the aligned barriers
+  if constexpr (kCluster == 1)
+    __syncthreads();
+  else
+    cluster_meet();
+}
 
 // Four 8 x 8 tiles of 16-bit numbers; lane l gives the address of row l % 8 of tile l / 8.
 __device__ inline void store_tiles(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

@@ -173,11 +173,11 @@ void forced_clusters(fera_device device) {
   const fera_band_energy_args a{z.view, filters.view, 1e-8, e.data(), nullptr, nullptr};
   for (const char* wish : {"blocks", "blocks=x", "block=8", "threads=100", "launches=3", "blocks=8;threads=256"}) {
     const Forced forced("FERA_BAND_CLUSTER", wish);
-    expect_error(
-        FERA_RUN(band_energy, device, a), FERA_INVALID,
-        ("band_energy: FERA_BAND_CLUSTER must be like blocks=8,threads=256,clusters=2,pairs=1,launches=2, got " +
-         std::string(wish))
-            .c_str());
+    expect_error(FERA_RUN(band_energy, device, a), FERA_INVALID,
+                 ("band_energy: FERA_BAND_CLUSTER must be like "
+                  "blocks=8,threads=256,clusters=2,pairs=1,launches=2,split=2, got " +
+                  std::string(wish))
+                     .c_str());
   }
   const Forced forced("FERA_BAND_CLUSTER", "blocks=16");
   expect_error(FERA_RUN(band_energy, device, a), FERA_INVALID,
