@@ -27,6 +27,9 @@ const char* refuses(const fera_rows& weight, int64_t width) {
 }
 bool repeats(const fera_rows& r, int64_t width) { return r.stride < width; }  // a tensor map has no stride of 0
 
+// Backward: whether the product's launch leaves partial sums of dA, dB and dgate, of 128 rows each.
+bool leaves_sums(Place place) { return place == Place::beside || place == Place::rows; }
+
 // The workspace of a narrow call: A and B in x's dtype, and what the place of h wants.
 template <class Args>
 struct FusedLayout {
@@ -46,11 +49,12 @@ struct FusedLayout {
     const bool beside = place == Place::beside;
     ready = workspace.take<int>(beside ? 1 + beside_flags(e.tokens) : 0);
     u = workspace.take<Half>(beside ? e.tokens * padded(e) : 0);
-    const int64_t slices = beside && kBack ? ceil_div(e.tokens, int64_t{kFusedRows}) : 0;
+    const bool sums = leaves_sums(place);
+    const int64_t slices = sums && kBack ? ceil_div(e.tokens, int64_t{kFusedRows}) : 0;
     if constexpr (kBack) {
       db = workspace.take<float>(a.db ? slices * e.out * stacked_of(e) : 0);
       da = workspace.take<float>(a.da ? slices * e.in * stacked_of(e) : 0);
-      gates = workspace.take<float>(a.dgate && beside ? gate_tiles(e) * 2 * padded(e) : 0);
+      gates = workspace.take<float>(a.dgate && sums ? gate_tiles(e) * 2 * padded(e) : 0);
     }
     bytes = workspace.used();
   }
@@ -117,13 +121,13 @@ void plan(const fera_expert_update_backward_args& a, Place place, void* workspac
   }
   packs->piece[packs->pieces++] = pack_b_across(e, l.b16);
   p->narrow = narrow_of(e, l.b16, nullptr);
-  packs->piece[packs->pieces++] = clear(l.ready, e.tokens);
+  if (place == Place::beside) packs->piece[packs->pieces++] = clear(l.ready, e.tokens);
   p->items = {l.ready, a.h, a.db ? l.db : nullptr, a.da ? l.da : nullptr, a.dgate ? l.gates : nullptr};
 }
 
-// The reduction of what the items beside the product left.
-ReduceArgs beside_sums(const fera_expert_update_backward_args& a, void* workspace) {
-  const auto l = layout(a, Place::beside, workspace);
+// The reduction of the partial sums that the product's launch left.
+ReduceArgs sums_of(const fera_expert_update_backward_args& a, Place place, void* workspace) {
+  const auto l = layout(a, place, workspace);
   const int slices = static_cast<int>(ceil_div(a.experts.tokens, int64_t{kFusedRows}));
   return reduce_of(a, {l.da, l.db, l.gates, slices, slices, kBesideGateRows});
 }
@@ -142,6 +146,7 @@ fera_status launch_products(const char* op, const Products& p, bool follows, cud
   if (p.place == Place::inside) return launch_products<Place::inside>(op, p, follows, stream);
   if (p.place == Place::turns) return launch_turns(op, p, follows, stream);
   if (p.place == Place::beside) return launch_products<Place::beside>(op, p, follows, stream);
+  if (p.place == Place::rows) return launch_rows(op, p, follows, stream);
   if (p.place == Place::wide) return launch_wide_products(op, p, follows, stream);
   return launch_products<Place::outside>(op, p, follows, stream);
 }
@@ -167,7 +172,7 @@ const char* fused_refuses(const fera_expert_update_backward_args& a) {
   return why;
 }
 
-// For tests and timings: outside, inside, turns or beside; NULL where nobody wishes.
+// For tests and timings: outside, inside, turns, beside or rows; NULL where nobody wishes.
 static const char* wished_place() {
   const char* wish = std::getenv("FERA_EXPERT_PLACE");
   return wish == nullptr || *wish == 0 ? nullptr : wish;
@@ -206,13 +211,23 @@ Place fused_place(const fera_expert_update_args& a) {
   return 2 * product * padded(e) / 200 / 7e14 < 15e-6 ? Place::inside : Place::beside;
 }
 
-// Backward the items beside the tiles read dy once for dh and dB, and x once for dA, while other multiprocessors
-// multiply.
+// By rows, where all blocks run at once, with few multiprocessors idle and few passes (H200, the backward pass: 26 to
+// 19 us at 16384 x 320, 48 to 43 at 640, 35 to 31 at 4096 x 1280; 17 to 21 at 4096 x 640, where half the machine is
+// idle, 337 to 373 at 16384 x 2432, with eight passes).
+bool suits_rows(const fera_experts& e) {
+  const RowsCut cut = cut_rows(e.tokens, e.in, e.out);
+  return cut.passes <= 2 && cut.blocks <= hopper() && 4 * cut.blocks >= 3 * int64_t{hopper()};
+}
+
+// Elsewhere backward the items beside the tiles read dy once for dh and dB, and x once for dA, while other
+// multiprocessors multiply.
 Place fused_place(const fera_expert_update_backward_args& a) {
   const char* wish = wished_place();
   if (a.dx.data == nullptr || repeats(a.x, a.experts.in)) return Place::outside;
   if (wide_ranks(a.experts)) return wide_place(a.experts);
-  return wish != nullptr && std::strcmp(wish, "outside") == 0 ? Place::outside : Place::beside;
+  if (wish != nullptr && std::strcmp(wish, "outside") == 0) return Place::outside;
+  const bool rows = wish != nullptr ? std::strcmp(wish, "rows") == 0 : suits_rows(a.experts);
+  return rows && padded(a.experts) == 16 ? Place::rows : Place::beside;
 }
 
 template <class Args>
@@ -250,7 +265,7 @@ fera_status fused_members(const char* op, int members, const Call<fera_expert_up
   for (int i = 0; i < members; ++i) {
     args[i] = calls[i].args;
     plan(*args[i], place, calls[i].workspace, &packs, &products.member[i]);
-    if (place == Place::beside) reduce[i] = beside_sums(*args[i], calls[i].workspace);
+    if (leaves_sums(place)) reduce[i] = sums_of(*args[i], place, calls[i].workspace);
   }
   const bool packed = packs.pieces > 0;
   if (packed) FERA_RETURN_IF_ERROR(launch_pack(op, products.member[0].x.dtype, packs, stream));
@@ -258,7 +273,7 @@ fera_status fused_members(const char* op, int members, const Call<fera_expert_up
     FERA_RETURN_IF_ERROR(before(*args[i], calls[i].workspace, packed || i > 0, context));
   if (products.member[0].y.data == nullptr) return launch_status(op);
   FERA_RETURN_IF_ERROR(launch_products(op, products, true, stream));
-  return place == Place::beside ? launch_reduce(op, members, padded(first.experts), reduce, stream) : FERA_OK;
+  return leaves_sums(place) ? launch_reduce(op, members, padded(first.experts), reduce, stream) : FERA_OK;
 }
 
 fera_status fused_launch(const fera_expert_update_args& a, const fera_context* context) {

@@ -46,6 +46,7 @@ struct FusedShape {
   bool summed;
   Schedule plan;
   int other_blocks;  // of 64 columns of `other`
+  int passes;        // over the columns, of whole rows (fused_rows.cuh)
 };
 
 // A tile's place, the member that it is written for, and the members [first, last) whose products it sums.

@@ -10,8 +10,8 @@ namespace fera::cuda {
 // Where u = gate scale h is made: by another kernel, inside the product's tiles (forward alone, fused.cuh), or by items
 // of work beside them (fused_beside.cuh). Backward likewise u = gate scale dh. wide: R > 32, beside the tiles too, but
 // u is h or dh itself, and V has gate and scale in it (fused_wide.cuh).
-// turns: inside, by warpgroups in turns (fused_turns.cuh).
-enum class Place { outside, inside, turns, beside, wide };
+// turns: inside, by warpgroups in turns (fused_turns.cuh). rows: backward, inside, by whole rows (fused_rows.cuh).
+enum class Place { outside, inside, turns, beside, rows, wide };
 
 // The narrow product of the same kernel: h = x A^T rounded to x's dtype, or dh = dy B, not rounded.
 struct Narrow {
@@ -30,7 +30,7 @@ struct Slices {
   int count() const { return slices_per_gate * layers; }
 };
 
-// What Place::beside and Place::wide need besides.
+// What Place::beside, rows and wide need besides.
 struct Items {
   int* ready;        // 1 + beside_flags(T) numbers, zeros: the queue (of the first member) and the flags or arrivals
   const void* h;     // the rest backward: the forward's, (T, R) in x's dtype
@@ -61,6 +61,14 @@ struct Product {
 // Microseconds on an H200 of an item of `steps` blocks of the ring, 128 x 128 each, of wide ranks, beside another.
 inline double wide_item_time(double steps) { return 3 + 0.7 * steps; }
 
+// How fused_rows.cuh cuts dx (rows x columns) with `depth` numbers along k: into shares of its columns that are blocks
+// of their own, each in passes of 320 columns.
+struct RowsCut {
+  int shares, passes;
+  int64_t blocks;
+};
+RowsCut cut_rows(int64_t rows, int64_t columns, int64_t depth);
+
 // Up to four in one kernel, all n_major or none. Of one x, each with its own y; or, summed, into one y (of the first).
 struct Products {
   int members;
@@ -73,6 +81,7 @@ struct Products {
 // `follows`: the kernel before it on the stream is of the same call and lets it start early.
 fera_status launch_products(const char* op, const Products& p, bool follows, cudaStream_t stream);
 fera_status launch_turns(const char* op, const Products& p, bool follows, cudaStream_t stream);
+fera_status launch_rows(const char* op, const Products& p, bool follows, cudaStream_t stream);
 fera_status launch_wide_products(const char* op, const Products& p, bool follows, cudaStream_t stream);
 
 // Whether the variant takes these operands on the current device, and why not ("" if it does).

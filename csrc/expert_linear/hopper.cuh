@@ -103,6 +103,15 @@ __device__ inline void load_box(uint32_t to, const CUtensorMap& map, int column,
         "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>((1 << kCluster) - 1))
         : "memory");
 }
+// The map itself, which the first copy would wait for.
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+// The same box as far as L2.
+__device__ inline void prefetch_box(const CUtensorMap& map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row)
+               : "memory");
+}
 __device__ inline void store_box(const CUtensorMap& map, int column, int row, uint32_t from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(column),
                "r"(row), "r"(from)
@@ -385,7 +394,7 @@ FERA_PRODUCT_256(Bfloat, "bf16")
 FERA_PRODUCT_256(Half, "f16")
 #undef FERA_PRODUCT_256
 #undef FERA_REGISTERS_256
-// Likewise for N = 16 and 32, where either operand may be stored along its other axis: m-major, a has rows of 64 numbers
+// Likewise for N = 16, 32 and 64, where either operand may be stored along its other axis: m-major, a has rows of 64 numbers
 // along m, as an n-major b has along n.
 template <class T, int N, int kMMajor, int kNMajor>
 struct NarrowProduct;
@@ -418,6 +427,21 @@ FERA_NARROW_16(Half, "f16")
 FERA_NARROW_32(Bfloat, "bf16")
 FERA_NARROW_32(Half, "f16")
 #undef FERA_NARROW_32
+#define FERA_NARROW_64(type, name)                                                                              \
+  template <int kMMajor, int kNMajor>                                                                           \
+  struct NarrowProduct<type, 64, kMMajor, kNMajor> {                                                            \
+    static __device__ void run(float (&d)[32], uint64_t a, uint64_t b, int add) {                               \
+      asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"                                              \
+                   " wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name                                 \
+                   " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"   \
+                   "%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, %35, %36;\n}"                          \
+                   : FERA_F8(d, 0), FERA_F8(d, 8), FERA_F8(d, 16), FERA_F8(d, 24)                               \
+                   : "l"(a), "l"(b), "r"(add), "n"(kMMajor), "n"(kNMajor));                                     \
+    }                                                                                                           \
+  };
+FERA_NARROW_64(Bfloat, "bf16")
+FERA_NARROW_64(Half, "f16")
+#undef FERA_NARROW_64
 #undef FERA_F8
 #undef FERA_F4
 // clang-format on

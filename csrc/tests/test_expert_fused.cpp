@@ -218,6 +218,19 @@ int main() {
         check({FERA_BF16, FERA_F32, 340, 392, 400, 3, 4, 17, true});
         check({FERA_BF16, FERA_BF16, 308, 456, 200, 3, 1, 4, false, 8});
       }
+    // By whole rows: one pass over dx to five, the last one with columns past its end; depths of an odd and an even
+    // number of blocks; the last block past the last row; gate rows that end inside a warp's rows.
+    setenv("FERA_EXPERT_PLACE", "rows", 1);
+    for (const Case& c :
+         {Case{FERA_BF16, FERA_F32, 300, 320, 320, 3, 4, 3, true},
+          Case{FERA_F16, FERA_F16, 154, 72, 648, 2, 7, 2, false, 8},
+          Case{FERA_BF16, FERA_BF16, 340, 648, 40, 3, 1, 17, true},
+          Case{FERA_BF16, FERA_F32, 1040, 1288, 136, 4, 4, 1, false, 16},
+          Case{FERA_F16, FERA_F32, 2600, 640, 640, 3, 5, 2, true}, Case{FERA_BF16, FERA_F32, 16, 8, 8, 1, 1, 1, false}})
+      if (!brief() || c.tokens < 400) check(c);
+    unsetenv("FERA_EXPERT_PLACE");
+    // Without a wish too, where they fill the machine.
+    if (!brief()) check({FERA_BF16, FERA_F32, 15232, 320, 72, 3, 4, 4, false});
     // Many shallow tiles a block, each of three pieces that two staging buffers hold in turns.
     setenv("FERA_EXPERT_TILE", "160", 1);
     for (const char* place : {"inside", "turns", "beside"}) {
