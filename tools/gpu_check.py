@@ -13,9 +13,13 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 LOGS = Path(os.environ.get("OUT", ROOT / "build" / "gpu_check"))
 VARIABLE = "FERA_BAND_VARIANT"
@@ -71,14 +75,18 @@ def info() -> tuple[bool, str]:
 
 def ctest() -> tuple[bool, str]:
     """Every program as the dispatcher chooses, and those on band kernels again with the grid variant alone."""
-    notes, passed = [], True
-    for variant, found in (("", programs()), ("grid", band_programs())):
-        env = {"FERA_TEST_DEVICE": "cuda", VARIABLE: variant}
-        results = [shell("-".join(filter(None, (p.name, variant))), [str(p)], env)[0] for p in found]
-        notes.append(f"{sum(results)} of {len(results)} " + ("with grid" if variant else "programs"))
-        passed = passed and all(results)
     if not programs():
         return True, "skipped: the core brings no test programs"
+
+    def check(program: Path, variant: str) -> bool:
+        env = {"FERA_TEST_DEVICE": "cuda", VARIABLE: variant}
+        return shell("-".join(filter(None, (program.name, variant))), [str(program)], env)[0]
+
+    notes, passed = [], True
+    for variant, found in (("", programs()), ("grid", band_programs())):
+        results = side_by_side([partial(check, p, variant) for p in found])
+        notes.append(f"{sum(results)} of {len(results)} " + ("with grid" if variant else "programs"))
+        passed = passed and all(results)
     return passed, ", ".join(notes)
 
 
@@ -90,11 +98,14 @@ def pytest() -> tuple[bool, str]:
     return ok, last("passed|failed|error", text)
 
 
-def sanitizer(tool: str, *variants: str) -> tuple[bool, str]:
-    """Every program under a tool of compute-sanitizer; with ``variants``, those on band kernels again with each.
+def side_by_side(runs: list[Callable[[], T]]) -> list[T]:
+    """The programs keep a processor busy and leave the GPU idle for most of their time."""
+    with ThreadPoolExecutor(max(1, min(len(runs), (os.cpu_count() or 2) // 2))) as pool:
+        return list(pool.map(lambda run: run(), runs))
 
-    Side by side: the tool keeps a processor busy and leaves the GPU idle.
-    """
+
+def sanitizer(tool: str, *variants: str) -> tuple[bool, str]:
+    """Every program under a tool of compute-sanitizer; with ``variants``, those on band kernels again with each."""
     if not programs():
         return True, "skipped: the core brings no test programs"
 
@@ -106,9 +117,8 @@ def sanitizer(tool: str, *variants: str) -> tuple[bool, str]:
         ok, text = shell(f"{tool}-{name}", command, env)
         return "" if ok else f"{name}: {last('ERROR SUMMARY|RACECHECK SUMMARY', text)}"
 
-    runs = [(p, v) for v in ("", *variants) for p in (band_programs() if v else programs())]
-    with ThreadPoolExecutor(max(1, min(len(runs), (os.cpu_count() or 2) // 2))) as pool:
-        errors = list(filter(None, pool.map(lambda run: check(*run), runs)))
+    runs = [partial(check, p, v) for v in ("", *variants) for p in (band_programs() if v else programs())]
+    errors = list(filter(None, side_by_side(runs)))
     notes = [f"{len(programs())} programs", *(f"{len(band_programs())} with {v}" for v in variants)]
     return not errors, f"{', '.join(notes)}, 0 errors" if not errors else "; ".join(errors)
 

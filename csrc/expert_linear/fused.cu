@@ -1,4 +1,5 @@
 // The "wgmma" variant's calls: what it takes, where h (dh) is made, the workspace, the kernels of a call.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -211,12 +212,16 @@ Place fused_place(const fera_expert_update_args& a) {
   return 2 * product * padded(e) / 200 / 7e14 < 15e-6 ? Place::inside : Place::beside;
 }
 
-// By rows, where all blocks run at once, with few multiprocessors idle and few passes (H200, the backward pass: 26 to
-// 19 us at 16384 x 320, 48 to 43 at 640, 35 to 31 at 4096 x 1280; 17 to 21 at 4096 x 640, where half the machine is
-// idle, 337 to 373 at 16384 x 2432, with eight passes).
+// By rows, where their blocks leave few multiprocessors idle, and a block's start and ends, which nothing runs beside,
+// are little of it (H200, the backward pass in us, beside and by rows: 26.3 and 17.4 at 16384 x 320, 47.8 and 40.9 at
+// 16384 x 640, 35.5 and 29.9 at 4096 x 1280, 22.0 and 16.5 at 12288 x 320, 30.7 and 28.0 at 3072 x 1280, 57.4 and 57.0
+// at 8192 x 1280 in two passes; but 17.3 and 19.3 at 4096 x 640, 36.8 and 37.4 at 12288 x 640, 337 and 373 at 16384 x
+// 2432).
 bool suits_rows(const fera_experts& e) {
   const RowsCut cut = cut_rows(e.tokens, e.in, e.out);
-  return cut.passes <= 2 && cut.blocks <= hopper() && 4 * cut.blocks >= 3 * int64_t{hopper()};
+  const int64_t waves = ceil_div(cut.blocks, int64_t{std::max(hopper(), 1)}), places = waves * hopper();
+  if (cut.passes == 1) return 100 * cut.blocks >= 65 * places && (waves == 1 || e.out <= 640);
+  return cut.passes == 2 && 100 * cut.blocks >= 85 * places && waves == 1;
 }
 
 // Elsewhere backward the items beside the tiles read dy once for dh and dB, and x once for dA, while other

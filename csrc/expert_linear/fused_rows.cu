@@ -14,7 +14,7 @@ bool encode(FusedMaps* maps, int i, const Product& p) {
          encode_rows(&maps->y[i], t, p.y.data, p.columns, p.rows, p.y.stride, 32, kPieceRows);
 }
 
-template <class T, int kCluster, bool kGroup>
+template <class T, bool kGroup>
 fera_status run(const char* op, const Products& p, bool follows, cudaStream_t stream) {
   FusedMaps maps;
   FusedShape<T> shape{};
@@ -26,8 +26,7 @@ fera_status run(const char* op, const Products& p, bool follows, cudaStream_t st
   for (int i = 0; i < p.members; ++i) depth += p.member[i].depth;
   const RowsCut cut = cut_rows(one.rows, one.columns, depth);
   shape.passes = cut.passes;
-  shape.plan = schedule_of(static_cast<int>(ceil_div(one.rows, int64_t{kFusedRows} * kCluster)), cut.shares, 0, 0,
-                           hopper() / kCluster);
+  shape.plan = schedule_of(static_cast<int>(ceil_div(one.rows, int64_t{kFusedRows})), cut.shares, 0, 0, hopper());
   for (int i = 0; i < p.members; ++i) {
     const Product& m = p.member[i];
     encoded = encoded && encode(&maps, i, m);
@@ -52,13 +51,13 @@ fera_status run(const char* op, const Products& p, bool follows, cudaStream_t st
                                      p.other.stride, 64, kFusedRows);
   }
   if (!encoded) return refused_map(op);
-  return launch_kernel(op, fused_rows<T, kCluster, kGroup>, static_cast<unsigned>(shape.plan.tiles * kCluster),
-                       kFusedThreads, RowsSize<kGroup>::bytes, kCluster, follows, stream, maps, shape);
+  return launch_kernel(op, fused_rows<T, kGroup>, static_cast<unsigned>(shape.plan.tiles), kFusedThreads,
+                       RowsSize<kGroup>::bytes, 1, follows, stream, maps, shape);
 }
 
 template <class T>
 fera_status launch_type(const char* op, const Products& p, bool follows, cudaStream_t stream) {
-  return p.members > 1 ? run<T, 2, true>(op, p, follows, stream) : run<T, 2, false>(op, p, follows, stream);
+  return p.members > 1 ? run<T, true>(op, p, follows, stream) : run<T, false>(op, p, follows, stream);
 }
 
 }  // namespace
@@ -66,7 +65,7 @@ fera_status launch_type(const char* op, const Products& p, bool follows, cudaStr
 // Blocks run one after the other on a multiprocessor: a pass's block of 64 along k, and a block's start and ends, on an
 // H200.
 RowsCut cut_rows(int64_t rows, int64_t columns, int64_t depth) {
-  const int64_t tiles = ceil_div(rows, int64_t{2} * kFusedRows) * 2;
+  const int64_t tiles = ceil_div(rows, int64_t{kFusedRows});
   const int all = static_cast<int>(ceil_div(columns, int64_t{RowsSize<false>::columns}));
   RowsCut best{1, all, tiles};
   double least = 1e30;

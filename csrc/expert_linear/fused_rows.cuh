@@ -5,11 +5,11 @@
 //   first pass    320 columns of dx = dy W; beside each 64 columns of dy, while they lie in shared memory, dh += dy B
 //                 and the rows' part of dB = dy^T (gate scale h), which shares of the columns divide among them
 //   its end       the sums for dgate; u = gate scale dh stays in shared memory; dx += u A
-//   further ones  the next 320 columns each; the last one sends for x, as far as L2
+//   further ones  the next 320 columns each
 //   after them    the rows' part of dA = u^T x in the share's columns, while dx still leaves
 //
-// dy is read once a pass, x once, W once a cluster of blocks. For sizes whose blocks fill the machine
-// about a whole number of times: there a block's loads, products and ends are the whole kernel, and the item's reads of
+// dy is read once a pass, x and W once a block: clusters that share W's columns were not faster. For sizes whose blocks
+// run all at once: there a block's loads, products and ends are the whole kernel, and the item's reads of
 // fused_beside.cuh are saved. Members of a group (summed) follow one another in the loop over k; their u lie side by
 // side, 16 columns each, and are one block of 64 along k of u A, one operand of u^T x.
 #pragma once
@@ -21,7 +21,6 @@ namespace fera::cuda {
 
 constexpr int kRowsRank = 16;                    // R padded
 constexpr int kRowsGates = kFusedRows / 16 + 1;  // gate rows, of 16 tokens at least, that a block may meet
-constexpr int kRowsAhead = 8;                    // blocks of dy that are on their way to L2 before they are copied
 
 template <bool kGroup>
 struct RowsSize {
@@ -33,6 +32,7 @@ struct RowsSize {
   static constexpr int box_rank = kRowsRank * 128;  // bytes of a member's ranks of 64 columns of A
   static constexpr int operand_bytes = kFusedRows * 128, staging = 8 * kPieceBytes;
   static constexpr int across = kGroup ? kMembers * kRowsRank : kRowsRank;  // columns of u^T x
+  static_assert(boxes <= 2 + stages && 2 * x_bytes + staging <= stage, "buffers beside x, in the stages");
   static_assert(staging == operand_bytes, "the place of gate scale h is the second buffer of results");
   static constexpr int factor_bytes = kRowsGates * kRowsRank * 4;
   static constexpr int bytes =
@@ -40,7 +40,7 @@ struct RowsSize {
   static_assert(bytes <= kFusedShared, "a block's shared memory");
 };
 
-template <class T, int kCluster, bool kGroup>
+template <class T, bool kGroup>
 __global__ void __launch_bounds__(kFusedThreads, 1)
     fused_rows(const __grid_constant__ FusedMaps maps, const __grid_constant__ FusedShape<T> shape) {
 #if defined(FERA_SM90A)
@@ -53,18 +53,45 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
                  u = gated + Size::operand_bytes;
   const uint32_t full = u + Size::operand_bytes, empty = full + kStages * 8, factors = full + 64;
   const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 % 4), lane = threadIdx.x % 32;
-  const int rank = kCluster == 1 ? 0 : cluster_rank();
-  const TilePlace tile = tile_at(shape.plan, blockIdx.x / kCluster);
-  const int row = (tile.row * kCluster + rank) * kFusedRows, share = tile.column, shares = shape.plan.column_tiles;
+  const TilePlace tile = tile_at(shape.plan, blockIdx.x);
+  const int row = tile.row * kFusedRows, share = tile.column, shares = shape.plan.column_tiles;
   const int members = kGroup ? shape.members : 1;
   const int first_column = share * shape.passes * Size::columns, columns = shape.columns[0] - first_column;
   const int passes = min(shape.passes, ceil_div(columns, Size::columns));
   const int others =
       min(passes * Size::boxes, min(ceil_div(columns, 64), shape.other_blocks));  // of x, none without dA
-  int all = 0;                                                                    // blocks of a pass
-  for (int m = 0; m < members; ++m) all += shape.blocks[m];
 
-  begin_ring<kStages, kCluster>(full, empty, 8 * kCluster, [&] {
+  // A member's h, of this thread's two rows and, of each eight, its two ranks; and one of its gates' factors. On their
+  // way before all of the block's copies, which they would wait behind.
+  constexpr int kTiles = kRowsRank / 8, kBoth = 256;
+  const int half = group - 1, place = half * 64 + warp * 16 + lane / 4, rank_column = 2 * (lane % 4);
+  const int each = shape.hidden[0].rows_per_gate, first_gate = min(row, shape.rows - 1) / each;
+  uint32_t h[2][kTiles];
+  float factor = 0.f;
+  const auto fetch = [&](int m) {
+    const Hidden& hidden = shape.hidden[m];
+    const int stacked = hidden.experts * hidden.rank, index = threadIdx.x - 128;
+    const T* const from = shape.beside[m].h;
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper)
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const int t = row + place + upper * 8, q = n * 8 + rank_column;
+        const int64_t at = static_cast<int64_t>(t) * stacked + q;
+        const bool present = t < shape.rows;
+        h[upper][n] = pack<T>(present && q < stacked ? widen(from[at]) : 0.f,
+                              present && q + 1 < stacked ? widen(from[at + 1]) : 0.f);
+      }
+    const int gate = min(first_gate + index / kRowsRank, (shape.rows - 1) / each);
+    const int expert = index % kRowsRank / hidden.rank;
+    if (index < kRowsGates * kRowsRank)
+      factor = expert < hidden.experts
+                   ? hidden.gate[static_cast<int64_t>(gate) * hidden.experts + expert] * hidden.scale
+                   : 0.f;
+  };
+  if (group > 0) fetch(0);
+
+  begin_ring<kStages, 1>(full, empty, 8, [&] {
     for (int m = 0; m < members; ++m) {
       prefetch_map(maps.x[m]);
       prefetch_map(maps.w[m]);
@@ -87,42 +114,28 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         copies(to, barrier);
         if (++stage == kStages) stage = 0, parity ^= 1;
       };
-      int next_member = 0, next_block = 0;
-      const auto send_for_dy = [&] {
-        if (next_member == members) return;
-        prefetch_box(maps.x[next_member], next_block * kFusedDepth, row);
-        if (++next_block == shape.blocks[next_member]) ++next_member, next_block = 0;
-      };
-      for (int i = 0; i < kRowsAhead; ++i) send_for_dy();
       for (int pass = 0; pass < passes; ++pass) {
         const int column = first_column + pass * Size::columns;
-        int done = 0, asked = 0;  // of the pass's blocks; of x's
         for (int m = 0; m < members; ++m)
           for (int i = 0; i < shape.blocks[m]; ++i) {
             const int k = i * kFusedDepth;
-            start(Size::x_bytes + Size::w_bytes + (pass == 0 ? Size::narrow_bytes : 0), [&](uint32_t to,
-                                                                                            uint32_t barrier) {
-              load_box<1>(to, maps.x[m], k, row, barrier);
+            start(Size::x_bytes + Size::w_bytes + (pass == 0 ? Size::narrow_bytes : 0),
+                  [&](uint32_t to, uint32_t barrier) {
+                    load_box<1>(to, maps.x[m], k, row, barrier);
 #pragma unroll
-              for (int box = 0; box < Size::boxes; ++box)
-                if (box % kCluster == rank)
-                  load_box<kCluster>(to + Size::x_bytes + box * kWideBox, maps.w[m], column + box * 64, k, barrier);
-              if (pass > 0) return;
-              if (m == 0 && i == 0) wait_for_previous();  // A and B are of the kernel before
-              load_box<1>(to + Size::x_bytes + Size::w_bytes, maps.narrow[m], k, 0, barrier);
-            });
-            ++done;
-            if (pass == 0) send_for_dy();
-            if (pass == passes - 1)
-              for (; asked < done * others / all; ++asked) prefetch_box(maps.other, first_column + asked * 64, row);
+                    for (int box = 0; box < Size::boxes; ++box)
+                      load_box<1>(to + Size::x_bytes + box * kWideBox, maps.w[m], column + box * 64, k, barrier);
+                    if (pass > 0) return;
+                    if (m == 0 && i == 0) wait_for_previous();  // A and B are of the kernel before
+                    load_box<1>(to + Size::x_bytes + Size::w_bytes, maps.narrow[m], k, 0, barrier);
+                  });
           }
         start(members * Size::boxes * Size::box_rank, [&](uint32_t to, uint32_t barrier) {
           for (int m = 0; m < members; ++m)
 #pragma unroll
             for (int box = 0; box < Size::boxes; ++box)
-              if (box % kCluster == rank)
-                load_box<kCluster>(to + Size::x_bytes + box * kWideBox + m * Size::box_rank, maps.v[m],
-                                   column + box * 64, 0, barrier);
+              load_box<1>(to + Size::x_bytes + box * kWideBox + m * Size::box_rank, maps.v[m], column + box * 64, 0,
+                          barrier);
         });
       }
       for (int block = 0; block < others; block += 2)
@@ -133,14 +146,13 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    constexpr int kTiles = kRowsRank / 8, kBoth = 256, kMeet = 3;  // barrier ids 1 and 2 are the warpgroups' own
-    const int half = group - 1, place = half * 64 + warp * 16 + lane / 4, rank_column = 2 * (lane % 4);
+    constexpr int kMeet = 3;  // barrier ids 1 and 2 are the warpgroups' own
     const uint32_t own = (half * 4 + warp) * kPieceBytes;
     int stage = 0, held = -1;
     uint32_t parity = 0;
     float left[Size::left / 2], right[Size::right / 2];  // sums of dx
     const auto release = [&](int s) {
-      if (lane < kCluster) barrier_arrive(empty + s * 8, lane);
+      if (lane == 0) barrier_arrive(empty + s * 8);
     };
     const auto next = [&] {
       held = stage;
@@ -188,7 +200,6 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     };
 
     // Gate rows of the block are numbered from its first one: of this thread's two rows, of its warp's first.
-    const int each = shape.hidden[0].rows_per_gate, first_gate = min(row, shape.rows - 1) / each;
     const auto gate_row = [&](int r) { return min(row + r, shape.rows - 1) / each - first_gate; };
     const int gate_rows[2] = {gate_row(place), gate_row(place + 8)};
     const auto factor_pair = [&](int upper, int n) {
@@ -205,32 +216,19 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
       const Hidden& hidden = shape.hidden[m];
       const Beside<T>& side = shape.beside[m];
       const int stacked = hidden.experts * hidden.rank, blocks = shape.blocks[m];
-      uint32_t h[2][kTiles];  // two numbers each
-#pragma unroll
-      for (int upper = 0; upper < 2; ++upper)
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          const int t = row + place + upper * 8, q = n * 8 + rank_column;
-          const T* const from = side.h + static_cast<int64_t>(t) * stacked + q;
-          const bool present = t < shape.rows;
-          h[upper][n] =
-              pack<T>(present && q < stacked ? widen(from[0]) : 0.f, present && q + 1 < stacked ? widen(from[1]) : 0.f);
-        }
-      if (m > 0) warpgroups_meet<kBoth>(kMeet);  // nobody reads the member's before
-      for (int i = threadIdx.x - 128; i < kRowsGates * kRowsRank; i += kBoth) {
-        const int gate = min(first_gate + i / kRowsRank, (shape.rows - 1) / each), expert = i % kRowsRank / hidden.rank;
-        const float v = expert < hidden.experts
-                            ? hidden.gate[static_cast<int64_t>(gate) * hidden.experts + expert] * hidden.scale
-                            : 0.f;
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(factors + i * 4), "f"(v) : "memory");
+      if (m > 0) {
+        fetch(m);
+        warpgroups_meet<kBoth>(kMeet);  // nobody reads the member's before
       }
+      if (threadIdx.x - 128 < kRowsGates * kRowsRank)
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(factors + (threadIdx.x - 128) * 4), "f"(factor) : "memory");
       warpgroups_meet<kBoth>(kMeet);
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper)
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
-          const float2 v = unpack<T>(h[upper][n]), factor = factor_pair(upper, n);
-          put(gated, upper, n, pack<T>(v.x * factor.x, v.y * factor.y));
+          const float2 v = unpack<T>(h[upper][n]), f = factor_pair(upper, n);
+          put(gated, upper, n, pack<T>(v.x * f.x, v.y * f.y));
         }
       publish_shared();
       warpgroups_meet<kBoth>(kMeet);
@@ -328,16 +326,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
       for (int upper = 0; upper < 2; ++upper)
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
-          const float2 factor = factor_pair(upper, n);
-          put(u, upper, m * kTiles + n,
-              pack<T>(dh[n * 4 + upper * 2] * factor.x, dh[n * 4 + upper * 2 + 1] * factor.y));
+          const float2 f = factor_pair(upper, n);
+          put(u, upper, m * kTiles + n, pack<T>(dh[n * 4 + upper * 2] * f.x, dh[n * 4 + upper * 2 + 1] * f.y));
         }
     }
     publish_shared();
     warpgroups_meet<kBoth>(kMeet);  // u is whole, and nobody reads gate scale h any more
 
     // ---- ends of passes, and further passes ----
-    int buffer = 0;
     for (int pass = 0;; ++pass) {
       barrier_wait(full + stage * 8, parity);
       pin(left);
@@ -348,30 +344,45 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
       next();
       drain();
       const int column = first_column + pass * Size::columns, first_row = row + half * 64 + warp * kPieceRows;
-      const auto leave = [&](int p, const float* sums) {
-        const uint32_t from = (buffer == 0 ? staging : gated) + own;
-        buffer ^= 1;
-        if (lane == 0) wait_stores<1>();  // of what was in this buffer before
-        __syncwarp();
-        stage_piece(from, lane, 64, [&](int c, int upper) {
-          const int at = c / 2 + upper * 2;
-          return pack<T>(sums[at], sums[at + 1]);
+      const auto stage_at = [&](int p, uint32_t from) {
+        stage_piece(from + own, lane, 64, [&](int c, int upper) {
+          const int at = p * 32 % (Size::left / 2) + c / 2 + upper * 2;
+          return p < Size::left / 64 ? pack<T>(left[at], left[at + 1]) : pack<T>(right[at], right[at + 1]);
         });
+      };
+      const auto send = [&](int p, uint32_t from) {
+#pragma unroll
+        for (int c = 0; c < 64; c += 32)
+          if (column + p * 64 + c < shape.columns[0])
+            store_box(maps.y[0], column + p * 64 + c, first_row, from + own + c / 32 * (kPieceBytes / 2));
+      };
+      // Pieces [first, last) of 64 columns. After the last pass all at once, with buffers where W was in the ring's
+      // stages: a warp that publishes what it staged waits for the stores before.
+      const auto leave = [&](int first, int last, auto buffer) {
+        if (lane == 0) wait_stores<0>();  // of what was in the buffers before
+        __syncwarp();
+#pragma unroll
+        for (int p = first; p < last; ++p) stage_at(p, buffer(p - first));
         publish_shared();
         __syncwarp();
         if (lane == 0) {
 #pragma unroll
-          for (int c = p * 64; c < (p + 1) * 64; c += 32)
-            if (column + c < shape.columns[0])
-              store_box(maps.y[0], column + c, first_row, from + (c - p * 64) / 32 * (kPieceBytes / 2));
+          for (int p = first; p < last; ++p) send(p, buffer(p - first));
           commit_stores();
         }
       };
+      const bool final = pass + 1 == passes;
+      if (final) {
+        warpgroups_meet<kBoth>(kMeet);  // nobody reads W or A any more
+        leave(0, Size::boxes, [&](int i) {
+          return i == 0 ? staging : i == 1 ? gated : base + (i - 2) * Size::stage + 2 * Size::x_bytes;
+        });
+      } else {
 #pragma unroll
-      for (int p = 0; p < Size::left / 64; ++p) leave(p, left + p * 32);
-#pragma unroll
-      for (int p = 0; p < Size::right / 64; ++p) leave(Size::left / 64 + p, right + p * 32);
-      if (pass + 1 == passes) break;
+        for (int p = 0; p < Size::boxes; p += 2)
+          leave(p, p + 2 < Size::boxes ? p + 2 : Size::boxes, [&](int i) { return i == 0 ? staging : gated; });
+      }
+      if (final) break;
       for (int m = 0; m < members; ++m)
         for (int i = 0; i < shape.blocks[m]; ++i) {
           barrier_wait(full + stage * 8, parity);
@@ -417,9 +428,6 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     }
     if (lane == 0) wait_stores<0>();
   }
-  // No block of the cluster leaves while another may still write into its stages or arrive at its barriers.
-  __syncwarp();
-  if constexpr (kCluster > 1) cluster_meet();
 #else
   __trap();  // the host never launches it here
 #endif
