@@ -170,6 +170,19 @@ def test_same_bits_twice(sample: Sample, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("sample", ALL, ids=str)
+def test_nothing_of_the_call_before(sample: Sample, device: torch.device) -> None:
+    """The memory that a thread keeps from call to call brings nothing along: NaN in between changes no bit."""
+    given, spoiled = sample.cast(torch.float32, device), sample.cast(torch.float32, device)
+    for name in sample.leaves:
+        spoiled.arguments[name] = torch.full_like(given.arguments[name], torch.nan, requires_grad=True)
+    out, grads = given.gradients(ops)
+    spoiled.gradients(ops)
+    again, grads_again = given.gradients(ops)
+    for before, after in zip([out, *grads], [again, *grads_again], strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("sample", ALL, ids=str)
 def test_only_what_asks(sample: Sample, device: torch.device) -> None:
     """Each leaf alone gets the same gradient, and no other tensor gets one."""
     given = sample.cast(torch.float32, device)
