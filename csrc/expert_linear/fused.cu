@@ -218,8 +218,9 @@ Place fused_place(const fera_expert_update_args& a) {
 // at 8192 x 1280 in two passes; but 17.3 and 19.3 at 4096 x 640, 36.8 and 37.4 at 12288 x 640, 337 and 373 at 16384 x
 // 2432).
 bool suits_rows(const fera_experts& e) {
+  if (hopper() == 0) return false;
   const RowsCut cut = cut_rows(e.tokens, e.in, e.out);
-  const int64_t waves = ceil_div(cut.blocks, int64_t{std::max(hopper(), 1)}), places = waves * hopper();
+  const int64_t waves = ceil_div(cut.blocks, int64_t{hopper()}), places = waves * hopper();
   if (cut.passes == 1) return 100 * cut.blocks >= 65 * places && (waves == 1 || e.out <= 640);
   return cut.passes == 2 && 100 * cut.blocks >= 85 * places && waves == 1;
 }

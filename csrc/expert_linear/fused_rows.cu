@@ -69,7 +69,11 @@ RowsCut cut_rows(int64_t rows, int64_t columns, int64_t depth) {
   const int all = static_cast<int>(ceil_div(columns, int64_t{RowsSize<false>::columns}));
   RowsCut best{1, all, tiles};
   double least = 1e30;
+  // For tests and timings: the columns of a block, a multiple of a pass's.
+  const char* wish = std::getenv("FERA_EXPERT_TILE");
+  const int wished = wish == nullptr ? 0 : std::min(std::atoi(wish) / RowsSize<false>::columns, all);
   for (int passes = all; passes >= 1; --passes) {
+    if (wished > 0 && passes != wished) continue;
     const int shares = ceil_div(all, passes);
     const double waves = static_cast<double>(ceil_div(tiles * shares, int64_t{std::max(hopper(), 1)}));
     const double time = waves * (0.0125 * static_cast<double>(passes) * static_cast<double>(depth) + 9);

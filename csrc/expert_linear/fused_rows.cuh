@@ -9,9 +9,9 @@
 //   after them    the rows' part of dA = u^T x in the share's columns, while dx still leaves
 //
 // dy is read once a pass, x and W once a block: clusters that share W's columns were not faster. For sizes whose blocks
-// run all at once: there a block's loads, products and ends are the whole kernel, and the item's reads of
-// fused_beside.cuh are saved. Members of a group (summed) follow one another in the loop over k; their u lie side by
-// side, 16 columns each, and are one block of 64 along k of u A, one operand of u^T x.
+// run all at once, or in full waves of short ones: there a block's loads, products and ends are the whole kernel, and
+// the item's reads of fused_beside.cuh are saved. Members of a group (summed) follow one another in the loop over k;
+// their u lie side by side, 16 columns each, and are one block of 64 along k of u A, one operand of u^T x.
 #pragma once
 
 #include "expert_linear/fused.cuh"
@@ -33,6 +33,7 @@ struct RowsSize {
   static constexpr int operand_bytes = kFusedRows * 128, staging = 8 * kPieceBytes;
   static constexpr int across = kGroup ? kMembers * kRowsRank : kRowsRank;  // columns of u^T x
   static_assert(boxes <= 2 + stages && 2 * x_bytes + staging <= stage, "buffers beside x, in the stages");
+  static_assert(kMembers * kRowsRank <= 64, "u of all members lies in rows of 128 bytes");
   static_assert(staging == operand_bytes, "the place of gate scale h is the second buffer of results");
   static constexpr int factor_bytes = kRowsGates * kRowsRank * 4;
   static constexpr int bytes =
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    constexpr int kMeet = 3;  // barrier ids 1 and 2 are the warpgroups' own
+    constexpr int kMeet = 3;  // a barrier's id
     const uint32_t own = (half * 4 + warp) * kPieceBytes;
     int stage = 0, held = -1;
     uint32_t parity = 0;

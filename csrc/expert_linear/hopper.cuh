@@ -129,8 +129,8 @@ __device__ inline void stores_done() { asm volatile("cp.async.bulk.wait_group 0;
 __device__ inline void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The start of a kernel that passes kStages stages of shared memory around: a barrier of each that says that its bytes
-// are there, one that `readers` warps are done with it; `more` makes others. Where it returns, all blocks of the
-// cluster may use them.
+// are there, one that `readers` warps are done with it; `more` is what else one thread does first. Where it returns,
+// all blocks of the cluster may use them.
 template <int kStages, int kCluster, class More>
 __device__ inline void begin_ring(uint32_t full, uint32_t empty, int readers, const More& more) {
   if (threadIdx.x == 0) {

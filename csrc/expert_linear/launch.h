@@ -13,7 +13,8 @@ namespace fera::cuda {
 
 // The dynamic shared memory that a kernel's blocks may have, always the same `bytes`; and all of it as shared memory,
 // else the first level cache may be left so much that two blocks do not fit. Asked of the driver once a kernel and
-// device: these calls are a good part of a launch.
+// device: these calls are a good part of a launch. After cudaDeviceReset they would have to come again, but nothing of
+// a process's tensors is left then.
 inline cudaError_t allow_shared(const void* kernel, int bytes) {
   static std::atomic<uintptr_t> known[512];
   int device = 0;
@@ -21,11 +22,11 @@ inline cudaError_t allow_shared(const void* kernel, int bytes) {
   if (error != cudaSuccess) return error;
   const uintptr_t key = reinterpret_cast<uintptr_t>(kernel) ^ static_cast<uintptr_t>(device + 1) << 48;
   std::atomic<uintptr_t>& place = known[(key >> 4 ^ key >> 13 ^ key >> 48) % 512];
-  if (place.load(std::memory_order_relaxed) == key) return cudaSuccess;
+  if (place.load(std::memory_order_acquire) == key) return cudaSuccess;
   const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (allowed != cudaSuccess) return allowed;
   cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  place.store(key, std::memory_order_relaxed);
+  place.store(key, std::memory_order_release);
   return cudaSuccess;
 }
 

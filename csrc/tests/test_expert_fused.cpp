@@ -218,9 +218,18 @@ int main() {
         check({FERA_BF16, FERA_F32, 340, 392, 400, 3, 4, 17, true});
         check({FERA_BF16, FERA_BF16, 308, 456, 200, 3, 1, 4, false, 8});
       }
-    // By whole rows: one pass over dx to five, the last one with columns past its end; depths of an odd and an even
-    // number of blocks; the last block past the last row; gate rows that end inside a warp's rows.
+    // By rows: blocks of one pass over dx to three, in one share of the columns to five, the last one shorter or with
+    // columns past its end; depths of an odd and an even number of blocks; the last block past the last row; gate rows
+    // that end inside a warp's rows, and nine of them a block.
     setenv("FERA_EXPERT_PLACE", "rows", 1);
+    for (const char* columns : {"320", "640", "960"}) {
+      setenv("FERA_EXPERT_TILE", columns, 1);
+      for (const Case& c : {Case{FERA_BF16, FERA_F32, 340, 648, 136, 3, 4, 20, true},
+                            Case{FERA_F16, FERA_F32, 154, 1288, 72, 2, 7, 2, false, 8},
+                            Case{FERA_BF16, FERA_BF16, 1040, 640, 640, 3, 5, 1, true}})
+        if (!brief() || c.tokens < 400) check(c);
+    }
+    unsetenv("FERA_EXPERT_TILE");
     for (const Case& c :
          {Case{FERA_BF16, FERA_F32, 300, 320, 320, 3, 4, 3, true},
           Case{FERA_F16, FERA_F16, 154, 72, 648, 2, 7, 2, false, 8},

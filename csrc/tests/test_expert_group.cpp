@@ -158,12 +158,16 @@ int main() {
                           Case{FERA_BF16, FERA_F32, 300, 320, {320, 200}, 3, 4, 3, 8},
                           Case{FERA_BF16, FERA_F32, 300, 320, {320, 200}, 3, 8, 3, 4}})
       check(c);
-    // Backward by whole rows.
+    // Backward by rows, in blocks of one pass over dx and of two.
     setenv("FERA_EXPERT_PLACE", "rows", 1);
-    for (const Case& c : {Case{FERA_BF16, FERA_F32, 300, 320, {320, 320, 320}, 3, 4, 3},
-                          Case{FERA_F16, FERA_F16, 154, 72, {648, 40}, 2, 8, 2},
-                          Case{FERA_BF16, FERA_F32, 1040, 648, {200, 1032, 8, 320}, 3, 4, 1}})
-      if (!brief() || c.tokens < 400) check(c);
+    for (const char* columns : {"320", "640"}) {
+      setenv("FERA_EXPERT_TILE", columns, 1);
+      for (const Case& c : {Case{FERA_BF16, FERA_F32, 300, 320, {320, 320, 320}, 3, 4, 3},
+                            Case{FERA_F16, FERA_F16, 154, 648, {136, 40}, 2, 8, 2},
+                            Case{FERA_BF16, FERA_F32, 1040, 648, {200, 1032, 8, 320}, 3, 4, 1}})
+        if (!brief() || c.tokens < 400) check(c);
+    }
+    unsetenv("FERA_EXPERT_TILE");
     unsetenv("FERA_EXPERT_PLACE");
     // Wide ranks, whose members join beside the product's tiles alone; other ranks, and few tokens, are left to
     // members.

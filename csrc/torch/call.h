@@ -88,9 +88,9 @@ inline void parallel_for(void*, int64_t count, int64_t grain, void (*body)(void*
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(data, begin, end); });
 }
 
-// The calling thread's own memory for a call on the CPU, which it keeps for the next; NULL where the call wants more
-// than is worth keeping. What an allocator gives back to the system costs a page fault every 4 KiB when it comes again:
-// up to 430 a call and a third of its time.
+// The calling thread's own memory for a call on the CPU, which it keeps until it ends, up to 16 MiB; NULL where the
+// call wants more, or nothing. What an allocator gives back to the system costs a page fault every 4 KiB when it comes
+// again: up to 430 a call and a third of its time.
 inline char* kept_by_thread(size_t bytes) {
   constexpr size_t kMost = size_t{16} << 20;
   thread_local std::unique_ptr<char[]> kept;
