@@ -190,7 +190,7 @@ constexpr int64_t kMostTurnsDepth = 1536;
 // the weights of each gate row large, tokens so few that blocks should share a loop over k, or weights so large that
 // the wider tiles of the product alone read less (H200: at 3072 x 12288 by a tenth).
 constexpr int64_t kLeastWideTokens = 256, kFewWideTokens = 1024, kMostWideWeights = 25000000;
-Place wide_place(const fera_experts& e) {
+static Place wide_place(const fera_experts& e) {
   if (const char* wish = wished_place()) return std::strcmp(wish, "outside") == 0 ? Place::outside : Place::wide;
   const int64_t gates = e.tokens / e.rows_per_gate;
   const bool fills = 8 * wide_flags(e) * kFusedRows <= 9 * e.tokens || e.tokens <= kFewWideTokens;
@@ -217,7 +217,7 @@ Place fused_place(const fera_expert_update_args& a) {
 // 16384 x 640, 35.5 and 29.9 at 4096 x 1280, 22.0 and 16.5 at 12288 x 320, 30.7 and 28.0 at 3072 x 1280, 57.4 and 57.0
 // at 8192 x 1280 in two passes; but 17.3 and 19.3 at 4096 x 640, 36.8 and 37.4 at 12288 x 640, 337 and 373 at 16384 x
 // 2432).
-bool suits_rows(const fera_experts& e) {
+static bool suits_rows(const fera_experts& e) {
   if (hopper() == 0) return false;
   const RowsCut cut = cut_rows(e.tokens, e.in, e.out);
   const int64_t waves = ceil_div(cut.blocks, int64_t{hopper()}), places = waves * hopper();

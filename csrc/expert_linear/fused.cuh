@@ -314,9 +314,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     }
     if (lane == 0) wait_stores<0>();
   }
-  // No block of the cluster leaves while another may still write into its stages or arrive at its barriers.
-  __syncwarp();
-  if constexpr (kCluster > 1) cluster_meet();
+  end_ring<kCluster>();
 #else
   __trap();  // the host never launches it here
 #endif

@@ -10,8 +10,7 @@ bool encode(FusedMaps* maps, int i, const Product& p) {
   return encode_rows(&maps->x[i], t, p.x.data, p.depth, p.rows, p.x.stride, 64, kFusedRows) &&
          encode_rows(&maps->w[i], t, p.weight.data, p.columns, p.depth, p.weight.stride, 64, kFusedDepth) &&
          encode_rows(&maps->narrow[i], t, p.narrow.a, p.depth, kRowsRank, p.depth, 64, kRowsRank) &&
-         encode_rows(&maps->v[i], t, p.v, p.columns, kRowsRank, p.columns, 64, kRowsRank) &&
-         encode_rows(&maps->y[i], t, p.y.data, p.columns, p.rows, p.y.stride, 32, kPieceRows);
+         encode_rows(&maps->v[i], t, p.v, p.columns, kRowsRank, p.columns, 64, kRowsRank);
 }
 
 template <class T, bool kGroup>
@@ -19,7 +18,9 @@ fera_status run(const char* op, const Products& p, bool follows, cudaStream_t st
   FusedMaps maps;
   FusedShape<T> shape{};
   const Product& one = p.member[0];
-  bool encoded = true, sums = false;
+  // dx is one, the first member's.
+  bool encoded = encode_rows(&maps.y[0], one.x.dtype, one.y.data, one.columns, one.rows, one.y.stride, 32, kPieceRows);
+  bool sums = false;
   shape.members = p.members;
   shape.rows = static_cast<int>(one.rows);
   int64_t depth = 0;
@@ -67,7 +68,7 @@ fera_status launch_type(const char* op, const Products& p, bool follows, cudaStr
 RowsCut cut_rows(int64_t rows, int64_t columns, int64_t depth) {
   const int64_t tiles = ceil_div(rows, int64_t{kFusedRows});
   const int all = static_cast<int>(ceil_div(columns, int64_t{RowsSize<false>::columns}));
-  RowsCut best{1, all, tiles};
+  RowsCut best{};
   double least = 1e30;
   // For tests and timings: the columns of a block, a multiple of a pass's.
   const char* wish = std::getenv("FERA_EXPERT_TILE");

@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
           return p < Size::left / 64 ? pack<T>(left[at], left[at + 1]) : pack<T>(right[at], right[at + 1]);
         });
       };
-      const auto send = [&](int p, uint32_t from) {
+      const auto store = [&](int p, uint32_t from) {
 #pragma unroll
         for (int c = 0; c < 64; c += 32)
           if (column + p * 64 + c < shape.columns[0])
@@ -368,12 +368,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         __syncwarp();
         if (lane == 0) {
 #pragma unroll
-          for (int p = first; p < last; ++p) send(p, buffer(p - first));
+          for (int p = first; p < last; ++p) store(p, buffer(p - first));
           commit_stores();
         }
       };
-      const bool final = pass + 1 == passes;
-      if (final) {
+      const bool last_pass = pass + 1 == passes;
+      if (last_pass) {
         warpgroups_meet<kBoth>(kMeet);  // nobody reads W or A any more
         leave(0, Size::boxes, [&](int i) {
           return i == 0 ? staging : i == 1 ? gated : base + (i - 2) * Size::stage + 2 * Size::x_bytes;
@@ -383,7 +383,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         for (int p = 0; p < Size::boxes; p += 2)
           leave(p, p + 2 < Size::boxes ? p + 2 : Size::boxes, [&](int i) { return i == 0 ? staging : gated; });
       }
-      if (final) break;
+      if (last_pass) break;
       for (int m = 0; m < members; ++m)
         for (int i = 0; i < shape.blocks[m]; ++i) {
           barrier_wait(full + stage * 8, parity);

@@ -150,6 +150,13 @@ __device__ inline void begin_ring(uint32_t full, uint32_t empty, int readers, co
     cluster_meet();
 }
 
+// Its end: no block of the cluster leaves while another may still write into its stages or arrive at its barriers.
+template <int kCluster>
+__device__ inline void end_ring() {
+  __syncwarp();
+  if constexpr (kCluster > 1) cluster_meet();
+}
+
 // Four 8 x 8 tiles of 16-bit numbers; lane l gives the address of row l % 8 of tile l / 8.
 __device__ inline void store_tiles(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),

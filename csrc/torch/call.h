@@ -115,8 +115,13 @@ void call(const Tensor& like, const Args& args, size_t (*workspace)(const Args*,
   // 256 bytes more than asked, so that the start can be aligned whatever the allocator gives.
   const size_t padded = bytes ? bytes + 256 : 0;
   char* const kept = on_cuda ? nullptr : kept_by_thread(padded);
-  const Tensor scratch = at::empty({kept ? 0 : static_cast<int64_t>(padded)}, like.options().dtype(at::kByte));
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(kept ? kept : scratch.data_ptr()) + 255) / 256 * 256;
+  Tensor scratch;
+  const void* given = kept;
+  if (bytes && !kept) {
+    scratch = at::empty({static_cast<int64_t>(padded)}, like.options().dtype(at::kByte));
+    given = scratch.data_ptr();
+  }
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(given) + 255) / 256 * 256;
   context.workspace = bytes ? reinterpret_cast<void*>(start) : nullptr;
   context.workspace_bytes = bytes;
   fera_status status;
