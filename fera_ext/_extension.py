@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-BINDINGS = 10
+BINDINGS = 11
 """Version of what csrc/torch/bindings.cpp and the Python halves expect of each other; raised together."""
 
 REBUILD = "rebuild it with: pip install --no-build-isolation --force-reinstall --no-deps ."

@@ -113,6 +113,8 @@ PLANS = [
         ),
         (_sample("fecl_loss", (1, 7, 104, 156), Bands.dog(3)), ("split=1,launches=1", "split=1,launches=2", "split=4")),
         (_sample("band_energy", (2, 3, 64, 64), Bands.dog(3)), ("split=1", "split=1,launches=2")),
+        (_sample("band_energy", (2, 3, 128, 128), Bands.dog(3)), ("real=1", "real=2", "real=2,launches=2")),
+        (_sample("latent_gate", (2, 16, 128, 128), Bands.rings(4)), ("real=1", "real=2")),
         (_sample("latent_gate", (3, 4, 72, 128), Bands.rings(4)), ("split=1", "split=1,launches=2")),
         (_sample("band_energy", (1, 5, 104, 152), Bands.dog(3)), ("split=1", "split=4", "split=4,launches=2")),
         (_sample("fecl_loss", (2, 5, 72, 128), Bands.dog(3)), ("split=1,launches=1", "split=1,launches=2")),
@@ -160,7 +162,11 @@ def test_fecl_of_many_planes(shape: tuple[int, ...], dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("op", OPS[:2])
-@pytest.mark.parametrize("shape", [(4, 16, 128, 128), (4, 16, 104, 156), (4, 56, 72, 128), (9, 15, 128, 128)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 16, 128, 128), (4, 16, 104, 156), (4, 56, 72, 128), (9, 15, 128, 128), (18, 15, 128, 128)],
+    ids=str,
+)
 def test_many_planes(op: str, shape: tuple[int, ...]) -> None:
     """Energies and adjoint of as many planes as go by planes by themselves, and of more than run side by side."""
     sample = _sample(op, shape, Bands.dog(3))
@@ -182,7 +188,7 @@ def test_an_unknown_plan(op: str, plan: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("plan", ["blocks=3", "threads=32", "split=3"])
+@pytest.mark.parametrize("plan", ["blocks=3", "threads=32", "split=3", "real=1"])
 def test_no_such_cluster(op: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = _sample(op, (2, 4, 64, 64), Bands.dog(3)).cast(torch.float32, CUDA)
     monkeypatch.setenv(CLUSTER, plan)

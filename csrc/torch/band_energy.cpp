@@ -9,8 +9,8 @@ std::tuple<Tensor, Tensor> run(const char* op, const Tensor& z, const Tensor& ta
   const DeviceScope scope(z);
   const Latent latent(op, "z", z);
   const Filters filters(op, z, table, right, mix, reach);
-  const Tensor out = at::empty({z.size(0), filters.view.bands}, compute_options(z));
-  const Tensor total = at::empty({indicator ? z.size(0) : 0}, z.options().dtype(at::kDouble));
+  const Tensor out = empty({z.size(0), filters.view.bands}, compute_options(z));
+  const Tensor total = empty({indicator ? z.size(0) : 0}, z.options().dtype(at::kDouble));
   const fera_band_energy_args args{latent.view,
                                    filters.view,
                                    eps,
@@ -29,7 +29,7 @@ Tensor run_backward(const char* op, const Tensor& grad, const OptionalTensor& in
   const Filters filters(op, z, table, right, mix, reach);
   FERA_REQUIRE(op, grad.dim() == 2 && grad.size(0) == z.size(0) && grad.size(1) == filters.view.bands, "grad",
                join("(", z.size(0), ", ", filters.view.bands, ")"), grad.sizes());
-  const Tensor upstream = grad.to(compute_type(z)).contiguous();
+  const Tensor upstream = cast(grad, compute_type(z)).contiguous();
   require_same_device(op, "grad", grad, z);
   Tensor e, sums;
   if (indicator.has_value()) {
@@ -41,7 +41,7 @@ Tensor run_backward(const char* op, const Tensor& grad, const OptionalTensor& in
     e = indicator->to(compute_type(z)).contiguous();
     sums = total->contiguous();
   }
-  const Tensor dz = at::empty(z.sizes(), z.options());
+  const Tensor dz = empty(z.sizes(), z.options());
   const Latent out(op, "dz", dz);
   const fera_band_energy_backward_args args{latent.view,
                                             filters.view,

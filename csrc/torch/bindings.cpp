@@ -1,15 +1,12 @@
 // The extension module: importing it registers torch.ops.fera_ext.*, and it says how it was built.
 #include <ATen/Parallel.h>
-#include <ATen/SavedTensorHooks.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/PyInterpreter.h>
 #include <torch/version.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "fera/fera.h"
+#include "python.h"
 
 namespace {
 
@@ -24,31 +21,11 @@ const char* band_variant(int64_t n, int64_t p, int64_t h, int64_t w, int dtype, 
   return fera_band_variant(&z, &filters, cuda ? FERA_CUDA : FERA_CPU);
 }
 
-// torch from 2.7 on hides hooks while it traces, unless asked not to; before it has no such argument, nor a name for
-// Python.
-template <class Hooks>
-auto innermost(int) -> decltype(Hooks::get_hooks(true)) {
-  return Hooks::get_hooks(true);
-}
-template <class Hooks>
-auto innermost(long) -> decltype(Hooks::get_hooks()) {
-  return Hooks::get_hooks();
-}
-// The innermost pair of hooks on saved tensors, None without any.
-pybind11::object saved_tensor_hooks() {
-  const auto hooks = innermost<at::SavedTensorDefaultHooks>(0);
-  if (!hooks) return pybind11::none();
-  const auto object = [](const c10::SafePyObject& hook) {
-    return pybind11::reinterpret_borrow<pybind11::object>(hook.ptr(getPyInterpreter()));
-  };
-  return pybind11::make_tuple(object(hooks->first), object(hooks->second));
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fera_ext's torch operators; importing it registers torch.ops.fera_ext";
-  m.attr("bindings") = 10;  // fera_ext/_extension.py expects this number
+  m.attr("bindings") = 11;  // fera_ext/_extension.py expects this number
   m.attr("core_version") = fera_version();
   m.attr("core_cpu_isa") = fera_cpu_isa();
   m.attr("core_cuda") = fera_has_cuda() != 0;
@@ -56,7 +33,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = TORCH_VERSION;
   m.def("band_variant", band_variant, pybind11::arg("n"), pybind11::arg("p"), pybind11::arg("h"), pybind11::arg("w"),
         pybind11::arg("dtype"), pybind11::arg("bands"), pybind11::arg("reach"), pybind11::arg("cuda"));
-  m.def("saved_tensor_hooks", saved_tensor_hooks);
+  fera::torch_binding::bind_calls(m);
+  fera::torch_binding::bind_sharing(m);
 #if defined(INTRA_OP_PARALLEL)
   m.attr("parallel") = true;  // at::parallel_for uses torch's threads
 #else

@@ -2,10 +2,9 @@
 #pragma once
 
 // Single-operator headers: the umbrella headers cost a minute of compile time a file.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <cstdio>
@@ -15,6 +14,8 @@
 #include "fera/fera.h"
 
 #if defined(FERA_TORCH_CUDA)
+#include <ATen/cuda/EmptyTensor.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -77,7 +78,19 @@ inline fera_dtype dtype_of(const char* op, const char* name, const Tensor& t) {
 inline at::ScalarType compute_type(const Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
+// t itself where it has the dtype, which t.to() finds out through the dispatcher.
+inline Tensor cast(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
 inline at::TensorOptions compute_options(const Tensor& t) { return t.options().dtype(compute_type(t)); }
+
+// Contiguous, not initialised. Straight from the device's allocator: an operator makes up to a dozen tensors, and on
+// the way through the dispatcher each costs the host as much as a launch.
+inline Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
+#if defined(FERA_TORCH_CUDA)
+  if (options.device().is_cuda()) return at::detail::empty_cuda(sizes, dtype, options.device(), std::nullopt);
+#endif
+  return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, std::nullopt);
+}
 
 inline void require_same_device(const char* op, const char* name, const Tensor& t, const Tensor& like,
                                 const char* of = "") {
@@ -105,6 +118,16 @@ inline char* kept_by_thread(size_t bytes) {
   return kept.get();
 }
 
+// Of the current device; what it gives goes back in the order of the current stream.
+inline c10::Allocator* allocator(bool on_cuda) {
+#if defined(FERA_TORCH_CUDA)
+  if (on_cuda) return c10::cuda::CUDACachingAllocator::get();
+#else
+  (void)on_cuda;
+#endif
+  return c10::GetAllocator(c10::kCPU);
+}
+
 // Runs one entry point of the core on the device of `like`, with a workspace from torch's allocator or the thread's.
 template <class Args>
 void call(const Tensor& like, const Args& args, size_t (*workspace)(const Args*, fera_device),
@@ -114,12 +137,11 @@ void call(const Tensor& like, const Args& args, size_t (*workspace)(const Args*,
   const size_t bytes = workspace(&args, on_cuda ? FERA_CUDA : FERA_CPU);
   // 256 bytes more than asked, so that the start can be aligned whatever the allocator gives.
   const size_t padded = bytes ? bytes + 256 : 0;
-  char* const kept = on_cuda ? nullptr : kept_by_thread(padded);
-  Tensor scratch;
-  const void* given = kept;
-  if (bytes && !kept) {
-    scratch = at::empty({static_cast<int64_t>(padded)}, like.options().dtype(at::kByte));
-    given = scratch.data_ptr();
+  const void* given = on_cuda ? nullptr : kept_by_thread(padded);
+  c10::DataPtr scratch;
+  if (bytes && !given) {
+    scratch = allocator(on_cuda)->allocate(padded);
+    given = scratch.get();
   }
   const uintptr_t start = (reinterpret_cast<uintptr_t>(given) + 255) / 256 * 256;
   context.workspace = bytes ? reinterpret_cast<void*>(start) : nullptr;
@@ -231,7 +253,7 @@ class Filters {
  private:
   static Tensor prepare(const char* op, const char* name, const Tensor& t, const Tensor& z) {
     require_same_device(op, name, t, z);
-    return t.to(compute_type(z)).contiguous();
+    return cast(t, compute_type(z)).contiguous();
   }
   Tensor table_, right_, mix_;
 };

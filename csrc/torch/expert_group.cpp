@@ -21,7 +21,7 @@ void check_lists(const char* op, TensorList weights, TensorList lora_a, TensorLi
   FERA_REQUIRE(op, lora_b.size() == members, "lora_b", join(members, ", one a weight"), lora_b.size());
 }
 
-std::string index(size_t i) { return join("[", i, "]"); }
+const char* const kIndex[FERA_MAX_GROUP] = {"[0]", "[1]", "[2]", "[3]"};
 
 bool unit_stride(const Tensor& weight) { return weight.stride(1) == 1; }
 
@@ -67,8 +67,8 @@ bool joint_forward(const char* op, const Rows& x, TensorList weights, const std:
                        bias.has_value() ? bias->data_ptr() : nullptr};
   }
   for (size_t i = 0; i < weights.size(); ++i) {
-    (*ys)[i] = at::empty(with_last(x.tensor, experts[i].view.out), x.tensor.options());
-    (*hs)[i] = at::empty(with_last(x.tensor, experts[i].stacked()), x.tensor.options());
+    (*ys)[i] = empty(with_last(x.tensor, experts[i].view.out), x.tensor.options());
+    (*hs)[i] = empty(with_last(x.tensor, experts[i].stacked()), x.tensor.options());
     group.member[i].y.data = (*ys)[i].data_ptr();
     group.member[i].h = (*hs)[i].data_ptr();
   }
@@ -100,8 +100,8 @@ Forward expert_linear_group(const Tensor& given, TensorList weights, const Biase
   experts.reserve(members);
   for (size_t i = 0; i < members; ++i) {
     bias.push_back(biases.get(i));
-    check_linear(op, x, weights[i], bias[i], index(i).c_str());
-    experts.emplace_back(op, x, weights[i].size(0), lora_a[i], lora_b[i], gates[i], scale, index(i).c_str());
+    check_linear(op, x, weights[i], bias[i], kIndex[i]);
+    experts.emplace_back(op, x, weights[i].size(0), lora_a[i], lora_b[i], gates[i], scale, kIndex[i]);
   }
   std::vector<Tensor> ys(members), hs(members);
   if (!joint_forward(op, x_rows, weights, bias, experts, &ys, &hs))
@@ -179,20 +179,20 @@ Backward expert_linear_group_backward(TensorList dys, const Tensor& given, Tenso
   experts.reserve(members);
   upstream.reserve(members);
   for (size_t i = 0; i < members; ++i) {
-    const std::string of = index(i);
-    check_upstream(op, x, dys[i], hs[i], of.c_str());
-    check_linear(op, x, weights[i], {}, of.c_str());
+    const char* const of = kIndex[i];
+    check_upstream(op, x, dys[i], hs[i], of);
+    check_linear(op, x, weights[i], {}, of);
     FERA_REQUIRE(op, weights[i].size(0) == dys[i].size(-1), join("dy", of), join("of ", weights[i].size(0), " columns"),
                  dys[i].size(-1));
-    experts.emplace_back(op, x, weights[i].size(0), lora_a[i], lora_b[i], gates[i], scale, of.c_str());
-    check_hidden(op, x, hs[i], experts[i], of.c_str());
+    experts.emplace_back(op, x, weights[i].size(0), lora_a[i], lora_b[i], gates[i], scale, of);
+    check_hidden(op, x, hs[i], experts[i], of);
     upstream.push_back(
         {dys[i], hs[i], weights[i], experts[i], {wanted[0], wanted[2 + i], wanted[2 + members + i], wanted[1]}});
   }
   std::vector<Gradients> grads(members);
   const Tensor& g = experts[0].g;
   const int64_t count = wanted[1] ? static_cast<int64_t>(members) : 0;
-  const Tensor dgates = at::empty({count, g.size(0), g.size(1)}, g.options());
+  const Tensor dgates = empty({count, g.size(0), g.size(1)}, g.options());
   if (!joint_backward(op, x_rows, upstream, dgates, &grads))
     for (size_t i = 0; i < members; ++i) {
       const Upstream& m = upstream[i];
@@ -215,7 +215,7 @@ Backward expert_linear_group_backward(TensorList dys, const Tensor& given, Tenso
     dgate = dgates.select(0, 0);
     for (int64_t i = 1; i < count; ++i) dgate.add_(dgates.select(0, i));
   }
-  return {grads[0].dx, dgate.to(gate.scalar_type()), das, dbs};
+  return {grads[0].dx, cast(dgate, gate.scalar_type()), das, dbs};
 }
 
 // Of gates (members, G, E) those of the members that are used; a gate for all as it is.

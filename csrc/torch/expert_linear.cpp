@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor> update(const char* op, const Tensor& base, const Tens
     const Tensor h = Library(x, experts).forward(y.view({experts.view.tokens, out}));
     return {y, h.view(with_last(x, experts.stacked()))};
   }
-  const Tensor h = at::empty(with_last(x, experts.stacked()), x.options());
+  const Tensor h = empty(with_last(x, experts.stacked()), x.options());
   const Rows base_rows(op, "base_out", base, out), y_rows(op, "y", y, out);
   args.base = base_rows.view;
   args.y = y_rows.view;
@@ -36,8 +36,8 @@ std::tuple<Tensor, Tensor> linear_forward(const char* op, const Tensor& x, const
     return fera_expert_variant(&args, FERA_CUDA);
   });
   if (chosen == Way::fused) {
-    const Tensor y = at::empty(with_last(x, weight.size(0)), x.options());
-    const Tensor h = at::empty(with_last(x, experts.stacked()), x.options());
+    const Tensor y = empty(with_last(x, weight.size(0)), x.options());
+    const Tensor h = empty(with_last(x, experts.stacked()), x.options());
     args.weight = weight_rows(weight);
     args.y.data = y.data_ptr();
     args.h = h.data_ptr();
@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor> expert_update(const Tensor& base_out, const Tensor& x
   const fera_rows y_rows{nullptr, x_rows.view.dtype, experts.view.out};
   const fera_expert_update_args args{experts.view, x_rows.view, base_rows.view, y_rows, nullptr, {}, nullptr};
   const Way chosen = way(op, x, false, [&](bool) { return fera_expert_variant(&args, FERA_CUDA); });
-  const Tensor y = at::empty(base_out.sizes(), base_out.options().memory_format(at::MemoryFormat::Contiguous));
+  const Tensor y = empty(base_out.sizes(), base_out.options());
   return update(op, base_out, y, x, experts, chosen == Way::library, args);
 }
 
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& 
   const Experts experts(op, x, dy.size(-1), lora_a, lora_b, gate, scale, {dropout, seed, stream});
   check_hidden(op, x, h, experts);
   const Gradients g = linear_backward(op, dy, x, h, weight, experts, wanted, like(wanted[3], experts.g));
-  return {g.dx, g.da, g.db, g.dgate.to(gate.scalar_type())};
+  return {g.dx, g.da, g.db, cast(g.dgate, gate.scalar_type())};
 }
 
 void register_kernels(torch::Library& m) {

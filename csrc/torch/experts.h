@@ -72,7 +72,7 @@ class Experts {
     require_same_device(op, "gate", gate, x);
     a = lora_a.contiguous();
     b = lora_b.contiguous();
-    g = gate.to(compute_type(x)).contiguous();
+    g = cast(gate, compute_type(x)).contiguous();
     const int64_t tokens = in > 0 ? x.numel() / in : 0;
     view = {tokens,
             in,
@@ -239,7 +239,7 @@ class Library {
   }
   Tensor dropped() const {
     if (e_.view.dropout == 0 || x_.numel() == 0) return x_;
-    const Tensor to = at::empty(x_.sizes(), x_.options());
+    const Tensor to = empty(x_.sizes(), x_.options());
     drop(x_.contiguous(), to, false);
     return to;
   }
@@ -247,7 +247,7 @@ class Library {
   std::array<int64_t, 4> by_expert(int64_t rows) const { return {rows, out_, e_.view.experts, e_.view.rank}; }
   Tensor grouped(const Tensor& t) const { return t.view({g_, x_.size(0) / g_, t.size(-1)}); }
   Tensor gated_b() const {  // (G, out, R), multiplied in the compute dtype and rounded once
-    Tensor b = at::empty(by_expert(g_), x_.options());
+    Tensor b = empty(by_expert(g_), x_.options());
     at::mul_out(b, e_.b.view(by_expert(1)), scaled_);
     return b.view({g_, out_, r_});
   }
@@ -299,8 +299,7 @@ struct Gradients {
 
 // Contiguous, of t's sizes; empty where not wanted.
 inline Tensor like(bool wanted, const Tensor& t) {
-  return wanted ? at::empty(t.sizes(), t.options().memory_format(at::MemoryFormat::Contiguous))
-                : at::empty({0}, t.options());
+  return wanted ? empty(t.sizes(), t.options()) : empty({0}, t.options());
 }
 
 // wanted: (x, lora_a, lora_b, gate). With a weight, dx holds the frozen linear's part too. Where `sum` is defined, of

@@ -27,10 +27,9 @@ std::tuple<Tensor, Tensor, Tensor> fecl_loss(const Tensor& base, const Tensor& f
   const DeviceScope scope(fera);
   const Latents latents(op, base, fera, target);
   const Filters filters(op, fera, table, right, mix, reach);
-  const Tensor loss = at::empty({}, compute_options(fera));
-  const Tensor dfera =
-      gradient ? at::empty(fera.sizes(), compute_options(fera)) : at::empty({0}, compute_options(fera));
-  const Tensor factor = at::empty({gradient ? fera.size(0) : 0}, fera.options().dtype(at::kDouble));
+  const Tensor loss = empty({}, compute_options(fera));
+  const Tensor dfera = gradient ? empty(fera.sizes(), compute_options(fera)) : empty({0}, compute_options(fera));
+  const Tensor factor = empty({gradient ? fera.size(0) : 0}, fera.options().dtype(at::kDouble));
   // Samples of no planes have nothing to scale, but their factors are an output.
   if (dfera.numel() == 0) factor.fill_(1);
   const bool wanted = gradient && dfera.numel() > 0;
@@ -50,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> fecl_loss(const Tensor& base, const Tensor& f
 Tensor fecl_loss_backward(const Tensor& grad, const Tensor& gradient, const Tensor& factor, at::ScalarType dtype) {
   const char* op = "fecl_loss_backward";
   const DeviceScope scope(gradient);
-  const Tensor dfera = at::empty(gradient.sizes(), gradient.options().dtype(dtype));
+  const Tensor dfera = empty(gradient.sizes(), gradient.options().dtype(dtype));
   const Latent out(op, "gradient", dfera);
   FERA_REQUIRE(op, grad.numel() == 1, "grad", "a scalar", grad.sizes());
   FERA_REQUIRE(op, gradient.scalar_type() == compute_type(dfera), "gradient", join("of dtype ", compute_type(dfera)),
@@ -59,7 +58,7 @@ Tensor fecl_loss_backward(const Tensor& grad, const Tensor& gradient, const Tens
                "factor", join("(", gradient.size(0), ") float64"), factor.sizes());
   require_same_device(op, "grad", grad, gradient);
   require_same_device(op, "factor", factor, gradient);
-  const Tensor upstream = grad.to(compute_type(dfera)), whole = gradient.contiguous(), powers = factor.contiguous();
+  const Tensor upstream = cast(grad, compute_type(dfera)), whole = gradient.contiguous(), powers = factor.contiguous();
   const fera_fecl_loss_backward_args args{whole.data_ptr(), powers.data_ptr<double>(), upstream.data_ptr(), out.view};
   FERA_CALL(gradient, fecl_loss_backward, args);
   return dfera;

@@ -48,8 +48,8 @@ Tensor router_softmax(const Tensor& energy, const Tensor& w1, const Tensor& b1, 
   const DeviceScope scope(energy);
   require_energy(op, energy, w1);
   const Router router(op, energy, w1, b1, w2, b2, tau);
-  const Tensor e = energy.to(compute_type(energy)).contiguous();
-  const Tensor gate = at::empty({e.size(0), router.view.experts}, e.options());
+  const Tensor e = cast(energy, compute_type(energy)).contiguous();
+  const Tensor gate = empty({e.size(0), router.view.experts}, e.options());
   const fera_router_softmax_args args{router.view, e.size(0), e.data_ptr(), gate.data_ptr()};
   FERA_CALL(e, router_softmax, args);
   return gate;
@@ -65,16 +65,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> router_softmax_backward(const
   const DeviceScope scope(energy);
   require_energy(op, energy, w1);
   const Router router(op, energy, w1, b1, w2, b2, tau);
-  const Tensor e = energy.to(compute_type(energy)).contiguous();
+  const Tensor e = cast(energy, compute_type(energy)).contiguous();
   const std::array<int64_t, 2> sizes{e.size(0), router.view.experts};
   const at::IntArrayRef shape(sizes);
   FERA_REQUIRE(op, grad.sizes() == shape, "grad", shape, grad.sizes());
   FERA_REQUIRE(op, gate.sizes() == shape, "gate", shape, gate.sizes());
-  const Tensor g = gate.to(e.scalar_type()).contiguous(), dg = grad.to(e.scalar_type()).contiguous();
-  const Tensor de = at::empty({wanted[0] ? e.size(0) : 0, e.size(1)}, e.options());
+  const Tensor g = cast(gate, e.scalar_type()).contiguous(), dg = cast(grad, e.scalar_type()).contiguous();
+  const Tensor de = empty({wanted[0] ? e.size(0) : 0, e.size(1)}, e.options());
   Tensor dw[4];
   for (int i = 0; i < 4; ++i)
-    dw[i] = wanted[1] ? at::empty_like(router.weights[i]) : at::empty({0}, router.weights[i].options());
+    dw[i] = wanted[1] ? empty(router.weights[i].sizes(), router.weights[i].options())
+                      : empty({0}, router.weights[i].options());
   auto data = [](bool yes, const Tensor& t) { return yes ? t.data_ptr() : nullptr; };
   const fera_router_softmax_backward_args args{router.view,
                                                e.size(0),
@@ -87,8 +88,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> router_softmax_backward(const
                                                data(wanted[1], dw[2]),
                                                data(wanted[1], dw[3])};
   FERA_CALL(e, router_softmax_backward, args);
-  return {de.to(energy.scalar_type()), dw[0].to(w1.scalar_type()), dw[1].to(b1.scalar_type()),
-          dw[2].to(w2.scalar_type()), dw[3].to(b2.scalar_type())};
+  return {cast(de, energy.scalar_type()), cast(dw[0], w1.scalar_type()), cast(dw[1], b1.scalar_type()),
+          cast(dw[2], w2.scalar_type()), cast(dw[3], b2.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> latent_gate(const Tensor& z, const Tensor& table, const OptionalTensor& right,
@@ -100,9 +101,9 @@ std::tuple<Tensor, Tensor, Tensor> latent_gate(const Tensor& z, const Tensor& ta
   const Latent latent(op, "z", z);
   const Filters filters(op, z, table, right, mix, reach);
   const Router router(op, z, w1, b1, w2, b2, tau);
-  const Tensor energy = at::empty({z.size(0), filters.view.bands}, compute_options(z));
-  const Tensor total = at::empty({z.size(0)}, z.options().dtype(at::kDouble));
-  const Tensor gate = at::empty({z.size(0), router.view.experts}, compute_options(z));
+  const Tensor energy = empty({z.size(0), filters.view.bands}, compute_options(z));
+  const Tensor total = empty({z.size(0)}, z.options().dtype(at::kDouble));
+  const Tensor gate = empty({z.size(0), router.view.experts}, compute_options(z));
   const fera_latent_gate_args args{
       {latent.view, filters.view, eps, nullptr, energy.data_ptr(), total.data_ptr<double>()},
       router.view,

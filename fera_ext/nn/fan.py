@@ -9,41 +9,15 @@ unadded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
 
+from fera_ext._extension import C
+
 _MORE = 32
 """Views of a kind made at a time once as many as expected are used."""
-
-
-class _FanOut(torch.autograd.Function):
-    """(G, E) to views of it, for each (members, count) of ``kinds`` ``count`` of them: (G, E) for one member,
-    (members, G, E) for more. A view that nobody used costs nothing in backward: no zeros stand for it."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, kinds: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.set_materialize_grads(False)
-        views: tuple[Tensor, ...] = ()
-        for members, count in kinds:
-            sizes = (count, *gate.shape) if members == 1 else (count, members, *gate.shape)
-            views += gate.expand(sizes).unbind(0)
-        return views
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        ones: list[Tensor] = []
-        rest: list[Tensor] = []
-        for grad in grads:
-            if grad is not None:
-                (ones if grad.ndim == 2 else rest).append(grad)
-        if not rest and len(ones) < 2:
-            return (ones[0] if ones else None), None
-        if ones:
-            rest.append(torch.stack(ones))
-        return (torch.cat(rest) if len(rest) > 1 else rest[0]).sum(0), None
 
 
 class Fan:
@@ -83,6 +57,6 @@ class Fan:
         calls = {members: _MORE, **self._calls}
         if self._views:
             calls = {members: min(calls[members], _MORE)}
-        made = list(_FanOut.apply(self._near, tuple(calls.items())))
+        made = C.fan_out(self._near, list(calls.items()))
         for kind, count in calls.items():
             self._views[kind], made = made[:count], made[count:]
