@@ -178,8 +178,8 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not row["failed"]
     fera = found["rows"][2]
     assert fera["error"] <= 1e-2
-    frozen = 0.5 * (found["rows"][1]["ms"]["median"] + found["rows"][1]["ms_again"])
-    assert fera["frozen_ratio"] == pytest.approx(fera["ms"]["median"] / frozen)
+    assert fera["frozen_ratio"] == pytest.approx(fera["ms"]["median"] / fera["frozen_beside_ms"])
+    assert found["rows"][0]["frozen_beside_ms"] is found["rows"][1]["frozen_beside_ms"] is None
     assert found["rows"][1]["frozen_ratio"] == 1
     assert found["rows"][0]["ms_again"] > 0
     assert fera["ms_again"] is None
@@ -382,6 +382,14 @@ def test_goals() -> None:
     rows[1]["ms_again"] = 80.0  # the host had become faster
     step_report.finish_rows(rows)
     assert fera["goals_met"] is False
+    # In turns with the frozen step: 100 ms then, 125 ms in the rows of half the speed.
+    for one in rows[2:]:
+        one["frozen_beside_ms"] = 100.0
+    rows[4]["frozen_beside_ms"] = 125.0
+    step_report.finish_rows(rows)
+    assert fera["frozen_ratio"] == pytest.approx(1.12)
+    assert fera["goals_met"] is True
+    assert fecl["goal_ms"] == pytest.approx(125 / 100 * 112 + 1.05 * 33 * 125 / 90)
 
 
 @pytest.mark.gpu

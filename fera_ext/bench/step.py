@@ -1,8 +1,8 @@
 """Whole training steps of real models, and sampling loops: `fera-ext bench step`.
 
 A case is a model, a batch and an (E, r). Its contenders are attached to the same frozen model one after the other, so
-that none is in memory while another is measured; the frozen model's eager forward and step are timed before and after
-the others, which shows how far the host's speed has drifted.
+that none is in memory while another is measured. A host's speed drifts: eager steps take turns with those of a frozen
+model of their own, and the frozen model's eager forward and step are timed before and after the others.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +72,7 @@ def new_row(case: StepCase, name: str, mode: str, options: StepOptions) -> Row:
         "dtype": str(options.dtype).removeprefix("torch."),
         "ms": None,
         "ms_again": None,
+        "frozen_beside_ms": None,
         "frozen_ratio": None,
         "peft_ratio": None,
         "peak_gib": None,
@@ -117,6 +118,9 @@ class Run:
         self.compilations = 0
         self.start = time.perf_counter()
         self._model: tuple[str, nn.Module] | None = None
+        self._twin: tuple[str, nn.Module] | None = None  # a frozen model to be called in turns with contenders
+        self._twin_bytes = 0
+        self._frozen: step_measure.Call | None = None
 
     @property
     def seconds(self) -> float:
@@ -126,10 +130,36 @@ class Run:
     def model(self, name: str) -> nn.Module:
         """The frozen denoiser; the one before it is dropped."""
         if self._model is None or self._model[0] != name:
-            self._model = None
+            self._model = self._twin = None
             step_measure.free(self.timer)
             self._model = (name, build(name, self.options.device, self.options.dtype))
         return self._model[1]
+
+    def twin(self, name: str) -> nn.Module:
+        """Another of the same; it stays, and no peak counts it."""
+        if self._twin is None:
+            before = self._allocated()
+            self._twin = (name, build(name, self.options.device, self.options.dtype))
+            self._twin_bytes = self._allocated() - before
+        return self._twin[1]
+
+    def _allocated(self) -> int:
+        return 0 if self.timer is None else int(torch.cuda.memory_allocated(self.timer.device))
+
+    @contextmanager
+    def _beside(self, case: StepCase, names: Sequence[str], batch: Batch) -> Iterator[None]:
+        """The frozen model's step stands ready for the eager steps of others."""
+        steps = case.pass_name == "step" and "eager" in self.options.modes
+        if not steps or set(names) <= {"forward", "frozen"}:
+            yield
+            return
+        with attached("frozen", self.twin(case.model), batch, *case.experts) as trainee:
+            self._frozen = step_measure.step_call("frozen", trainee, trainee.model)
+            try:
+                yield
+            finally:
+                self._frozen = None
+                step_measure.without_gradients(trainee)
 
     def measure(self, case: StepCase, tell: Callable[[str], None]) -> None:
         """All contenders of a case; one that fails costs its own rows."""
@@ -139,18 +169,19 @@ class Run:
         batch = draw_batch(case.model, samples, self.options.device, self.options.dtype)
         with torch.no_grad():
             frozen_loss = float(Trainee(model, batch, *case.experts).loss(model))
-        for name in names:
-            tell(f"{case.words}: {name}")
-            rows = [new_row(case, name, mode, self.options) for mode in self.options.modes]
-            self.rows += rows
-            if self._over():
-                self._absent(rows, f"the run's {self.options.budget:g} s were over (--budget)")
-                continue
-            self._contender(case, name, model, batch, frozen_loss, rows)
-            if runner.device_is_lost(self.options.device):
-                raise RuntimeError(f"the device is lost after {name}: {rows[0]['note'] or 'no error was seen'}")
-            step_measure.free(self.timer)
-            self.keep()
+        with self._beside(case, names, batch):
+            for name in names:
+                tell(f"{case.words}: {name}")
+                rows = [new_row(case, name, mode, self.options) for mode in self.options.modes]
+                self.rows += rows
+                if self._over():
+                    self._absent(rows, f"the run's {self.options.budget:g} s were over (--budget)")
+                    continue
+                self._contender(case, name, model, batch, frozen_loss, rows)
+                if runner.device_is_lost(self.options.device):
+                    raise RuntimeError(f"the device is lost after {name}: {rows[0]['note'] or 'no error was seen'}")
+                step_measure.free(self.timer)
+                self.keep()
         self._again(case, model, batch)
 
     def _over(self) -> bool:
@@ -232,7 +263,8 @@ class Run:
                 self.compilations += 1
                 step_measure.forget_compiled()
         else:
-            taken = step_measure.eager(call, options.device, self.timer, rounds, warm_ups)
+            frozen = None if name in ("forward", "frozen") else self._frozen
+            taken = step_measure.eager(call, options.device, self.timer, rounds, warm_ups, frozen)
         self._fill(row, taken, case)
         return None
 
@@ -251,7 +283,7 @@ class Run:
     def _fill(self, row: Row, taken: step_measure.Taken, case: StepCase) -> None:
         row["ms"] = taken.milliseconds()
         row["samples_per_s"] = 1e3 * case.batch / row["ms"]["median"]
-        row["peak_gib"] = None if taken.peak_bytes is None else taken.peak_bytes / GIB
+        row["peak_gib"] = None if taken.peak_bytes is None else (taken.peak_bytes - self._twin_bytes) / GIB
         row["finite"] = bool(taken.answer.isfinite().all())
         row["loss"] = float(taken.answer) if taken.answer.numel() == 1 else None
         row |= taken.fields

@@ -142,11 +142,28 @@ class Taken:
         return {k: v if k == "samples" else v / 1e3 for k, v in asdict(spread(self.microseconds)).items()}
 
 
-def eager(call: Call, device: torch.device, timer: GpuTimer | None, rounds: int, warm_ups: int = WARM_UPS) -> Taken:
-    """Wall time of single calls, each with the wait for its end."""
-    for _ in range(warm_ups):
-        call()
-    times = walls(call, device, rounds)
+def eager(
+    call: Call,
+    device: torch.device,
+    timer: GpuTimer | None,
+    rounds: int,
+    warm_ups: int = WARM_UPS,
+    frozen: Call | None = None,
+) -> Taken:
+    """Wall time of single calls, each with the wait for its end.
+
+    ``frozen``, the frozen model's step, is called in turns with ``call``, so that a host whose speed drifts is the same
+    for both; the median of its times is the field ``frozen_beside_ms``.
+    """
+    turns: list[list[float]] = [[] for _ in range(1 if frozen is None else 2)]
+    for number in range(warm_ups + rounds):
+        for one, times in zip((call, frozen), turns):
+            assert one is not None
+            if number < warm_ups:
+                one()
+            else:
+                times += walls(one, device, 1)
+    fields = {} if frozen is None else {"frozen_beside_ms": spread(turns[1]).median / 1e3}
     kept: list[Tensor] = []
 
     def last() -> None:
@@ -154,10 +171,10 @@ def eager(call: Call, device: torch.device, timer: GpuTimer | None, rounds: int,
 
     if timer is None:
         last()
-        return Taken(times, None, kept[0].clone(), {})
+        return Taken(turns[0], None, kept[0].clone(), fields)
     gc.collect()
     standing = int(torch.cuda.memory_allocated(timer.device))
-    return Taken(times, standing + timer.peak_bytes(last), kept[0].clone(), {})
+    return Taken(turns[0], standing + timer.peak_bytes(last), kept[0].clone(), fields)
 
 
 def graph(call: Call, trainee: Trainee, timer: GpuTimer, rounds: int, warm_ups: int = WARM_UPS) -> Taken:

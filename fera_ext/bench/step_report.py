@@ -45,17 +45,29 @@ def _key(row: Row) -> tuple[Any, ...]:
 def finish_rows(rows: list[Row]) -> None:
     """Ratios to the frozen model's row of the same case and mode and to the faster of PEFT's, and goals.
 
-    A time is the mean of the medians before and after the others, where there are two. ``peft_ratio`` and its goal are
-    of the faster of PEFT's; a peak is compared with that of the PEFT of the same dtype (``ALIKE``).
+    A time is the mean of the medians before and after the others, where there are two. Eager steps that took turns with
+    the frozen model's (``frozen_beside_ms``) are compared with those, and with each other as multiples of those.
+    ``peft_ratio`` and its goal are of the faster of PEFT's; a peak is compared with that of the PEFT of the same dtype
+    (``ALIKE``).
     """
     found = {(*_key(row), row["implementation"]): row for row in rows if row["ms"]}
 
-    def milliseconds(row: Row, name: str) -> float | None:
-        other = found.get((*_key(row), name))
-        if other is None:
-            return None
+    def mean(other: Row) -> float:
         median: float = other["ms"]["median"]
         return median if other["ms_again"] is None else 0.5 * (median + other["ms_again"])
+
+    def milliseconds(row: Row, name: str) -> float | None:
+        """Of ``name``, as it would have been in the row's turn."""
+        other, mine = found.get((*_key(row), name)), row["frozen_beside_ms"]
+        if other is None or mine is None:
+            return None if other is None else mean(other)
+        if name == "frozen":
+            return float(mine)
+        its: float | None = other["frozen_beside_ms"]
+        if its is None:  # the frozen model's forward
+            frozen = found.get((*_key(row), "frozen"))
+            its = mean(frozen) if frozen else mine
+        return mean(other) * mine / its
 
     for row in rows:
         if row["ms"] is None:
@@ -116,6 +128,8 @@ def _goal(row: Row) -> str:
 
 def _note(row: Row) -> str:
     parts = [row["note"]]
+    if row["frozen_beside_ms"] is not None:
+        parts.append(f"frozen in turns {number(row['frozen_beside_ms'])} ms")
     if row["ms_again"] is not None:
         parts.append(f"{number(row['ms_again'])} ms after the others")
     if row["compile_seconds"] is not None:
