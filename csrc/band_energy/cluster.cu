@@ -1,12 +1,13 @@
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
 
+#include "band_energy/asked.h"
 #include "band_energy/cluster.h"
 #include "band_energy/cluster_back.cuh"
 #include "band_energy/plane.h"
+#include "band_energy/real_plane.h"
 
 namespace fera::cuda {
 namespace {
@@ -25,7 +26,6 @@ namespace {
   X(152, 104, 8)              \
   X(104, 156, 16)
 
-constexpr int kMaxDevices = 64;
 constexpr int kFewThreads = 256;            // of a block, usually; no kernel needs more
 constexpr size_t kStaticShared = 4 * 1024;  // above what the kernels declare statically
 constexpr int kMultiprocessors = 132;       // of the largest sm_90; only a measure of what fills a machine
@@ -69,27 +69,11 @@ struct Limits {
   int clusters;
 };
 
-cudaLaunchAttribute cluster_of(int size) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = size;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  return attribute;
-}
-
 // Asked once a device and kernel; also raises the kernels' limits there.
 Limits limits_of(const Kernels& k) {
-  static std::atomic<int64_t> known[kMaxDevices][std::size(kKernels)];  // (clusters << 32 | bytes) + 1
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) {
-    cudaGetLastError();  // no device is an answer here, and an error where something is launched
-    return {0, 0};
-  }
-  if (device >= kMaxDevices) return {0, 0};
-  std::atomic<int64_t>& slot = known[device][&k - kKernels];
-  int64_t value = slot.load(std::memory_order_acquire);
-  if (value == 0) {
-    int shared = 0, launches = 0, cooperative = 0, limit = 0, fit = 0;
+  static Asked<std::size(kKernels)> asked;
+  const Answer found = asked(&k - kKernels, [&](int device, Answer* answer) {
+    int shared = 0, launches = 0, cooperative = 0;
     bool ok = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
               cudaDeviceGetAttribute(&launches, cudaDevAttrClusterLaunch, device) == cudaSuccess &&
               cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device) == cudaSuccess;
@@ -100,28 +84,25 @@ Limits limits_of(const Kernels& k) {
       cudaFuncAttributes attributes{};
       ok = ok && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
     }
-    if (ok && launches != 0) {
-      limit = shared - static_cast<int>(kStaticShared);
-      for (const void* kernel : kernels)
-        ok = ok && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit) == cudaSuccess &&
-             cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
-      cudaLaunchAttribute attribute = cluster_of(k.size);
-      cudaLaunchConfig_t config{};
-      config.gridDim = dim3(k.size);
-      config.blockDim = dim3(kClusterThreads);
-      config.dynamicSmemBytes = limit;
-      config.attrs = &attribute;
-      config.numAttrs = 1;
-      ok = ok && cudaOccupancyMaxActiveClusters(&fit, k.gradient, &config) == cudaSuccess;
-    }
-    if (!ok) cudaGetLastError();  // an image or a cluster that does not fit is an answer, not an error
-    if (!ok || fit == 0) limit = fit = 0;
-    if (cooperative == 0) fit = std::min(fit, 1);  // several clusters a sample need a cooperative launch
-    value = (static_cast<int64_t>(fit) << 32 | limit) + 1;
-    slot.store(value, std::memory_order_release);
-  }
-  --value;
-  return {static_cast<size_t>(value & 0xffffffff), static_cast<int>(value >> 32)};
+    if (!ok || launches == 0) return false;
+    const int limit = shared - static_cast<int>(kStaticShared);
+    for (const void* kernel : kernels)
+      ok = ok && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit) == cudaSuccess &&
+           cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+    cudaLaunchAttribute attribute = cluster_of(k.size);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(k.size);
+    config.blockDim = dim3(kClusterThreads);
+    config.dynamicSmemBytes = limit;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int fit = 0;
+    ok = ok && cudaOccupancyMaxActiveClusters(&fit, k.gradient, &config) == cudaSuccess && fit > 0;
+    // Several clusters a sample need a cooperative launch.
+    *answer = {limit, cooperative == 0 ? std::min(fit, 1) : fit};
+    return ok;
+  });
+  return {static_cast<size_t>(found.first), found.second};
 }
 
 // FERA_BAND_CLUSTER, read at every call: numbers by name, as in "blocks=8,threads=256", instead of what choose() finds
@@ -133,32 +114,40 @@ struct Wish {
   int pairs;     // at once, at most
   int launches;  // of FECL's energies and gradient: 1 or 2
   int split;     // blocks of a plane (plane.h)
+  int real;      // energies of one signal by real planes, so many blocks a multiprocessor (real_plane.h)
   bool known;    // every name and number
 
   PlaneWish plane() const { return {split != 0 ? split : blocks, threads, launches}; }
+  RealWish real_plane() const { return {real, threads, launches}; }
+  bool open() const { return blocks == 0 && clusters == 0 && pairs == 0 && split == 0; }
+  // Whether it asks for kernels that are not among the others; the adjoint has none of them.
+  bool only_real(const Source& s, ClusterTask task) const {
+    return real != 0 && (s.signals == 2 || task == ClusterTask::energies);
+  }
 };
 
 Wish wish() {
-  Wish found{0, 0, 0, 0, 0, 0, true};
+  Wish found{0, 0, 0, 0, 0, 0, 0, true};
   const char* at = std::getenv(kClusterWish);
   while (at != nullptr && *at != 0) {
     const struct {
       const char* name;
       int* to;
     } names[] = {{"blocks=", &found.blocks}, {"threads=", &found.threads},   {"clusters=", &found.clusters},
-                 {"pairs=", &found.pairs},   {"launches=", &found.launches}, {"split=", &found.split}};
+                 {"pairs=", &found.pairs},   {"launches=", &found.launches}, {"split=", &found.split},
+                 {"real=", &found.real}};
     const auto* const named = std::find_if(std::begin(names), std::end(names), [&](const auto& n) {
       return std::strncmp(at, n.name, std::strlen(n.name)) == 0;
     });
-    if (named == std::end(names)) return {0, 0, 0, 0, 0, 0, false};
+    if (named == std::end(names)) return {0, 0, 0, 0, 0, 0, 0, false};
     at += std::strlen(named->name);
     char* end = nullptr;
     const long value = std::strtol(at, &end, 10);
-    if (end == at || value < 1 || value > 1024 || (*end != 0 && *end != ',')) return {0, 0, 0, 0, 0, 0, false};
+    if (end == at || value < 1 || value > 1024 || (*end != 0 && *end != ',')) return {0, 0, 0, 0, 0, 0, 0, false};
     *named->to = static_cast<int>(value);
     at = *end == ',' ? end + 1 : end;
   }
-  found.known = found.launches <= 2 && found.threads % 32 == 0;
+  found.known = found.launches <= 2 && found.real <= 2 && found.threads % 32 == 0;
   return found;
 }
 
@@ -197,7 +186,7 @@ bool choose(const Source& s, const fera_filters& f, ClusterTask task, Choice* ch
   if (s.signals == 2 && (s.minus[0].stride_w != 1 || s.minus[1].stride_w != 1)) return false;
   const Wish wanted = wish();
   const bool fecl = task == ClusterTask::fecl;
-  if (!wanted.known || wanted.split != 0 || (fecl && wanted.launches == 2)) return false;
+  if (!wanted.known || wanted.split != 0 || wanted.only_real(s, task) || (fecl && wanted.launches == 2)) return false;
   Limits limits{};
   const Kernels* const found = kernels_of(s, f.bands, task, wanted.blocks, &limits);
   if (found == nullptr || wanted.threads > kClusterThreads ||
@@ -264,11 +253,18 @@ bool choose(const Source& s, const fera_filters& f, ClusterTask task, Choice* ch
   return (much && share(std::min<int64_t>(p.pairs, room)) && fit()) || (share(1) && fit());
 }
 
+// Whether energies are made by real planes.
+bool takes_real(const Source& s, const fera_filters& f, ClusterTask task) {
+  const Wish wanted = wish();
+  return task == ClusterTask::energies && wanted.known && wanted.open() &&
+         real_takes(s, f, wanted.real != 0, wanted.real_plane());
+}
+
 // Whether planes are taken by a block or a few.
 bool takes_planes(const Source& s, const fera_filters& f, ClusterTask task) {
   const Wish wanted = wish();
-  const bool open = wanted.blocks == 0 && wanted.clusters == 0 && wanted.pairs == 0 && wanted.split == 0;
-  if (!wanted.known || !(open || wanted.blocks == 1 || wanted.split != 0) ||
+  const bool open = wanted.open();
+  if (!wanted.known || wanted.only_real(s, task) || !(open || wanted.blocks == 1 || wanted.split != 0) ||
       !plane_takes(s, f, task, !open, wanted.plane()))
     return false;
   return wanted.launches != 1 || s.signals == 1 || plane_fecl_fits(s, wanted.plane());
@@ -310,11 +306,13 @@ fera_status launch_mean(const char* op, int64_t samples, const double* losses, f
 
 bool cluster_takes(const Source& source, const fera_filters& filters, ClusterTask task) {
   Choice choice;
-  return takes_planes(source, filters, task) || choose(source, filters, task, &choice);
+  return takes_real(source, filters, task) || takes_planes(source, filters, task) ||
+         choose(source, filters, task, &choice);
 }
 
 size_t cluster_workspace(const Source& source, const fera_filters& filters) {
   if (source.n <= 0) return 0;
+  if (takes_real(source, filters, ClusterTask::energies)) return real_workspace(source, filters);
   if (takes_planes(source, filters, ClusterTask::energies)) return plane_workspace(source, filters, wish().plane());
   return partial_bytes(source, filters, source.pairs());
 }
@@ -336,6 +334,8 @@ bool cluster_wish_known() { return wish().known; }
 
 fera_status cluster_energies_launch(const char* op, const Source& source, const fera_filters& filters,
                                     const Finish<float>& finish, float* loss, const fera_context* context) {
+  if (takes_real(source, filters, ClusterTask::energies))
+    return real_energies_launch(op, source, filters, finish, wish().real_plane(), context);
   if (takes_planes(source, filters, ClusterTask::energies))
     return plane_energies_launch(op, source, filters, finish, loss, wish().plane(), context);
   Choice choice;

@@ -1,8 +1,8 @@
 #include <algorithm>
-#include <atomic>
 #include <climits>
 #include <iterator>
 
+#include "band_energy/asked.h"
 #include "band_energy/plane.h"
 #include "band_energy/plane_fecl.cuh"
 
@@ -25,7 +25,6 @@ constexpr int never = INT_MAX;
   X(104, 156, 4, 6, 2, 352, true, never, 27, never) \
   X(104, 156, 4, 6, 4, 192, true, 27, never, never)
 
-constexpr int kMaxDevices = 64;
 constexpr int kPortableCluster = 8;  // blocks that a cluster may have anywhere
 
 struct Kernels {
@@ -58,14 +57,6 @@ const Kernels kKernels[] = {
 #undef FERA_KERNELS
 };
 
-cudaLaunchAttribute cluster_of(int blocks) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = blocks;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  return attribute;
-}
-
 // Planes whose energies, and pairs of planes whose FECL, run side by side; 0 where the kernels do not run.
 struct Room {
   int planes, pairs;
@@ -73,16 +64,8 @@ struct Room {
 
 // Asked once a device and kernel; also raises the kernels' limits there.
 Room room_of(const Kernels& k) {
-  static std::atomic<int64_t> known[kMaxDevices][std::size(kKernels)];  // (pairs << 32 | planes) + 1
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) {
-    cudaGetLastError();  // no device is an answer here, and an error where something is launched
-    return {0, 0};
-  }
-  if (device >= kMaxDevices) return {0, 0};
-  std::atomic<int64_t>& slot = known[device][&k - kKernels];
-  int64_t value = slot.load(std::memory_order_acquire);
-  if (value == 0) {
+  static Asked<std::size(kKernels)> asked;
+  const Answer found = asked(&k - kKernels, [&](int device, Answer* answer) {
     int cooperative = 0, launches = 0, multiprocessors = 0, planes = 0, pairs = 0;
     bool ok = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
               cudaDeviceGetAttribute(&launches, cudaDevAttrClusterLaunch, device) == cudaSuccess &&
@@ -116,12 +99,10 @@ Room room_of(const Kernels& k) {
     };
     ask(&planes, k.energies, k.split, k.bytes);
     if (2 * k.split <= kPortableCluster) ask(&pairs, k.fecl[static_cast<int>(FeclPart::whole)], 2 * k.split, k.bytes);
-    if (!ok) cudaGetLastError();  // an image or a block that does not fit is an answer, not an error
-    value = (ok ? static_cast<int64_t>(pairs) << 32 | planes : 0) + 1;
-    slot.store(value, std::memory_order_release);
-  }
-  --value;
-  return {static_cast<int>(value & 0xffffffff), static_cast<int>(value >> 32)};
+    *answer = {planes, pairs};
+    return ok;
+  });
+  return {found.first, found.second};
 }
 
 // What a call takes by itself, or, where there is none, any that it could be asked to take; within the wish.

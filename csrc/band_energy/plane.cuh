@@ -201,9 +201,9 @@ struct PatchRoots {
   }
 };
 
-// Both axes' first butterflies of a patch -> to, its place.
-template <class F>
-__device__ __forceinline__ void patch_forward(float2 (&a)[F::wb][F::hb], const PatchTurn<F>& turn, float2* to) {
+// Both axes' first butterflies of a patch: put(ky, kx, value).
+template <class F, class Put>
+__device__ __forceinline__ void patch_forward(float2 (&a)[F::wb][F::hb], const PatchTurn<F>& turn, const Put& put) {
   const PatchRoots<F> roots(turn);
 #pragma unroll
   for (int x = 0; x < F::wb; ++x) {
@@ -218,8 +218,7 @@ __device__ __forceinline__ void patch_forward(float2 (&a)[F::wb][F::hb], const P
     for (int x = 0; x < F::wb; ++x) row[x] = a[x][y];
     dft<F::wb>(row);
 #pragma unroll
-    for (int x = 0; x < F::wb; ++x)
-      to[F::slot_of(y) * F::block + x * F::step] = x == 0 ? row[0] : times(row[x], roots.w[x]);
+    for (int x = 0; x < F::wb; ++x) put(y, x, x == 0 ? row[0] : times(row[x], roots.w[x]));
   }
 }
 
@@ -354,7 +353,8 @@ __device__ __forceinline__ void plane_forward(const PlaneScene<F, S>& c, const S
       [&](int j, int m, const PatchTurn<F>& turn) {
         float2 a[F::wb][F::hb];
         read_patch<F, Signals>(source, n, pair, signal, c.first + j, m, a);
-        patch_forward<F>(a, turn, c.own + j * F::pitch + m);
+        float2* const to = c.own + j * F::pitch + m;
+        patch_forward<F>(a, turn, [&](int y, int x, float2 v) { to[F::slot_of(y) * F::block + x * F::step] = v; });
       },
       [&](int j, int lane, int lanes) {
         if (!waited) c.wait();

@@ -66,18 +66,72 @@ __device__ __forceinline__ void plane_gather(const double* from, int count, int 
   __syncwarp();
 }
 
-// Planes 2 i and 2 i + 1 of the samples' pairs on their way to L2, where they are contiguous: by one thread.
+// A plane on its way to L2, where its rows are contiguous: by one thread.
+__device__ __forceinline__ void prefetch_plane(const Source& source, int64_t n, int p) {
+  if (threadIdx.x != 0 || source.whole.stride_h != source.w) return;
+  const unsigned size = source.dtype == FERA_F32 ? 4 : 2;
+  prefetch_l2(
+      static_cast<const char*>(source.whole.data) + (n * source.whole.stride_n + p * source.whole.stride_p) * size,
+      source.h * source.w * size);
+}
+// Both of pair i of the samples' pairs.
 __device__ __forceinline__ void prefetch_planes(const Source& source, unsigned i) {
   const unsigned pairs = source.pairs(), n = i / pairs, p = 2 * (i - n * pairs);
-  if (threadIdx.x != 0 || n >= source.n || source.whole.stride_h != source.w) return;
-  const unsigned bytes = source.h * source.w * (source.dtype == FERA_F32 ? 4 : 2);
-  for (unsigned q = p; q < min(p + 2, unsigned(source.p)); ++q)
-    prefetch_l2(static_cast<const char*>(source.whole.data) +
-                    (n * source.whole.stride_n + q * source.whole.stride_p) * (source.dtype == FERA_F32 ? 4 : 2),
-                bytes);
+  if (n >= source.n) return;
+  prefetch_plane(source, n, p);
+  if (p + 1 < unsigned(source.p)) prefetch_plane(source, n, p + 1);
 }
 
 constexpr int kPlaneCluster = 16;  // blocks of a cluster, at most
+
+// Where a sample's sums meet, in shared memory.
+struct PlaneMeeting {
+  double sums[FERA_MAX_BANDS], gathered[kPlaneCluster][FERA_MAX_BANDS];  // by rank
+  float indicator[FERA_MAX_BANDS];
+  FinishShared shared;
+};
+
+// The sums of a sample's `blocks` parts, each times scale, meet, and what follows of them is done: through partial
+// (N, blocks, K) at the grid's barrier, or (together) in gathered[] of the cluster's first block. The kernel's end.
+__device__ __forceinline__ void plane_finish(int64_t samples, int bands, const Finish<float>& finish,
+                                             const double* partial, bool together, int rank, int blocks, double scale,
+                                             PlaneMeeting& m) {
+  const bool warp_routes = finish.gate != nullptr && WarpRouter::takes(finish.router);
+  WarpRouter router;
+  if (warp_routes && threadIdx.x < 32) router.load(finish.router);
+  if (together) {
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+    if (rank != 0) return;
+  } else {
+    cooperative_groups::this_grid().sync();
+  }
+  const int64_t first = together ? blockIdx.x / blocks : blockIdx.x, step = together ? samples : gridDim.x;
+#pragma unroll 1
+  for (int64_t n = first; n < samples; n += step) {
+    if (threadIdx.x < 32) {
+      if (!together) {
+        plane_gather(partial + n * blocks * bands, blocks, bands, scale, m.sums);
+      } else if (static_cast<int>(threadIdx.x) < bands) {
+        double sum = 0;
+        for (int i = 0; i < blocks; ++i) sum += m.gathered[i][threadIdx.x];
+        m.sums[threadIdx.x] = sum * scale;
+      }
+      __syncwarp();
+    }
+    if (warp_routes) {
+      if (threadIdx.x >= 32) return;
+      const Indicator share(finish, n, m.sums);
+      router.route(finish.router, share.value, finish.gate + n * finish.router.experts);
+      __syncwarp();
+    } else {
+      __syncthreads();
+      finish_sample(finish, n, m.sums, m.indicator, m.shared);
+      __syncthreads();
+    }
+  }
+}
 
 // Clusters of S blocks, a plane each at a time, in turn; the launch is cooperative, and the sums meet through partial
 // (N, pairs, S, K) at the grid's barrier. Or (together) a cluster of pairs * S blocks has a sample, and the sums meet
@@ -88,10 +142,8 @@ __global__ void __launch_bounds__(Threads, kPlaneBlocks<S>)
                    const __grid_constant__ Finish<float> finish, double* partial, bool together) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) unsigned char raw[];
-  __shared__ double arrived[FERA_MAX_BANDS * (Threads / 32)], sums[FERA_MAX_BANDS];
-  __shared__ double gathered[kPlaneCluster][FERA_MAX_BANDS];
-  __shared__ float indicator[FERA_MAX_BANDS];
-  __shared__ FinishShared finish_shared;
+  __shared__ double arrived[FERA_MAX_BANDS * (Threads / 32)];
+  __shared__ PlaneMeeting meeting;
   const PlaneScene<F, S> c(raw);
   c.arrive();
   const int pairs = source.pairs(), rank = cluster_rank();
@@ -110,48 +162,13 @@ __global__ void __launch_bounds__(Threads, kPlaneBlocks<S>)
         c, masks, bands, ahead, [](unsigned, const float2(&)[F::J]) {}, arrived,
         [&](int k, double sum) {
           if (together)
-            store_remote(remote_address(shared_address(&gathered[rank][k]), 0), sum);
+            store_remote(remote_address(shared_address(&meeting.gathered[rank][k]), 0), sum);
           else
             partial[(static_cast<int64_t>(i) * S + c.share) * bands + k] = sum;
         });
   }
-  const bool warp_routes = finish.gate != nullptr && WarpRouter::takes(finish.router);
-  WarpRouter router;
-  if (warp_routes && threadIdx.x < 32) router.load(finish.router);
-  if (together) {
-    __syncwarp();
-    cluster_arrive();
-    cluster_wait();
-    if (rank != 0) return;
-  } else {
-    cooperative_groups::this_grid().sync();
-  }
-  const double scale = 1.0 / (static_cast<double>(F::H) * F::W);
-  const int blocks = pairs * S;  // of a sample
-  const int64_t first = together ? blockIdx.x / blocks : blockIdx.x, step = together ? source.n : gridDim.x;
-#pragma unroll 1
-  for (int64_t n = first; n < source.n; n += step) {
-    if (threadIdx.x < 32) {
-      if (!together) {
-        plane_gather(partial + n * blocks * bands, blocks, bands, scale, sums);
-      } else if (static_cast<int>(threadIdx.x) < bands) {
-        double sum = 0;
-        for (int i = 0; i < blocks; ++i) sum += gathered[i][threadIdx.x];
-        sums[threadIdx.x] = sum * scale;
-      }
-      __syncwarp();
-    }
-    if (warp_routes) {
-      if (threadIdx.x >= 32) return;
-      const Indicator share(finish, n, sums);
-      router.route(finish.router, share.value, finish.gate + n * finish.router.experts);
-      __syncwarp();
-    } else {
-      __syncthreads();
-      finish_sample(finish, n, sums, indicator, finish_shared);
-      __syncthreads();
-    }
-  }
+  plane_finish(source.n, bands, finish, partial, together, rank, pairs * S, 1.0 / (static_cast<double>(F::H) * F::W),
+               meeting);
 #else
   asm("trap;");  // plane_takes never chooses an older image
 #endif

@@ -171,7 +171,8 @@ void forced_clusters(fera_device device) {
   const Latent z(device, FERA_F32, 1, 1, 64, 64, Layout::contiguous);
   const Array e(device, FERA_F32, 3);
   const fera_band_energy_args a{z.view, filters.view, 1e-8, e.data(), nullptr, nullptr};
-  for (const char* wish : {"blocks", "blocks=x", "block=8", "threads=100", "launches=3", "blocks=8;threads=256"}) {
+  for (const char* wish :
+       {"blocks", "blocks=x", "block=8", "threads=100", "launches=3", "real=3", "blocks=8;threads=256"}) {
     const Forced forced("FERA_BAND_CLUSTER", wish);
     expect_error(FERA_RUN(band_energy, device, a), FERA_INVALID,
                  ("band_energy: FERA_BAND_CLUSTER must be like "
@@ -214,6 +215,36 @@ void forced_planes(fera_device device) {
       check({device, FERA_F32, 2, 3, {64, 64}, 3, 0, Layout::contiguous, scale, 1e-8});
     }
   done("band_energy forced planes", device);
+}
+
+// A real plane in a block; test_band_variants.py has several planes of a block.
+void forced_real_planes(fera_device device) {
+  if (!has_clusters(device)) return;
+  const Layout plain = Layout::contiguous, sliced = Layout::sliced;
+  check_plans<Case>(
+      {
+          {"real=1", {device, FERA_F32, 2, 3, {128, 128}, 3, 0, plain, 1.0, 1e-8}},
+          {"real=2,launches=2", {device, FERA_BF16, 1, 5, {128, 128}, 16, 0, sliced, 1.0, 1e-8}},
+          {"real=1", {device, FERA_F16, 1, 16, {128, 128}, 4, 0, plain, 1.0, 1e-8}},
+          {"real=2", {device, FERA_F32, 3, 1, {128, 128}, 5, 0, sliced, 1.0, 1e-8}},
+          {"real=1,launches=2", {device, FERA_F32, 2, 17, {128, 128}, 1, 0, plain, 1.0, 1e-8}},
+      },
+      2, check);
+  if (!brief())
+    for (const char* wish : {"real=1", "real=2,launches=2"})
+      for (const double scale : {0.0, 1e18, 1e-20, 1e-30, 1e-41, 1e15}) {
+        const Forced forced("FERA_BAND_CLUSTER", wish);
+        check({device, FERA_F32, 2, 3, {128, 128}, 3, 0, Layout::contiguous, scale, 1e-8});
+      }
+  const Filters filters(device, FERA_F32, 3, 0, 64, 64);
+  const Latent z(device, FERA_F32, 1, 1, 64, 64, Layout::contiguous);
+  const Array e(device, FERA_F32, 3);
+  const fera_band_energy_args a{z.view, filters.view, 1e-8, e.data(), nullptr, nullptr};
+  const Forced forced("FERA_BAND_CLUSTER", "real=1");
+  expect_error(FERA_RUN(band_energy, device, a), FERA_INVALID,
+               "band_energy: FERA_BAND_CLUSTER must be one that this device, size, dtype, layout and these bands have, "
+               "got real=1");
+  done("band_energy forced real planes", device);
 }
 
 // Separable filters of the usual sizes and of odd ones, with wide and narrow reaches.
@@ -389,6 +420,7 @@ int main() {
     usual_sizes(device);
     forced_clusters(device);
     forced_planes(device);
+    forced_real_planes(device);
     usual_blurs(device);
     variant(device);
     ranges(device);
