@@ -190,6 +190,25 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tiny-sd15 B=2, a training step" in result.output
 
 
+def test_a_peak_leaves_out_the_second_frozen_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = options(models="tiny-sd15,tiny-sdxl")
+    run, case = step.Run(asked, lambda: None), step.StepCase("step", "tiny-sd15", 1, (3, 4))
+    allocated = iter([1000, 1000 + 2**29])
+    monkeypatch.setattr(run, "_allocated", lambda: next(allocated))
+
+    def peak() -> float:
+        row = step.new_row(case, "fera", "eager", asked)
+        run._fill(row, step_measure.Taken([1.0], 2**30, torch.zeros(()), {}), case)
+        return float(row["peak_gib"])
+
+    run.model("tiny-sd15")
+    assert peak() == 1.0
+    run.twin("tiny-sd15")
+    assert peak() == 0.5
+    run.model("tiny-sdxl")  # both of the other are gone
+    assert peak() == 1.0
+
+
 def test_sampling_rows() -> None:
     found = step.measure_all(options(contenders="frozen,published,fera", passes="sampling", models="tiny-sdxl"))
     assert [(r["pass"], r["implementation"]) for r in found["rows"]] == [("sampling", "frozen"), ("sampling", "fera")]

@@ -30,6 +30,9 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """How far a contender's first loss may be from the frozen model's, whose predictions its own are while B is zero:
 the mean over the whole prediction, so far less than the rounding of one number."""
 
+FLOORS = ("forward", "frozen")
+"""The frozen model's own."""
+
 GIB = 2.0**30
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -118,8 +121,9 @@ class Run:
         self.compilations = 0
         self.start = time.perf_counter()
         self._model: tuple[str, nn.Module] | None = None
-        self._twin: tuple[str, nn.Module] | None = None  # a frozen model to be called in turns with contenders
-        self._twin_bytes = 0
+        self._twin: tuple[nn.Module, int] | None = (
+            None  # a frozen model to be called in turns with contenders, its bytes
+        )
         self._frozen: step_measure.Call | None = None
 
     @property
@@ -136,12 +140,12 @@ class Run:
         return self._model[1]
 
     def twin(self, name: str) -> nn.Module:
-        """Another of the same; it stays, and no peak counts it."""
+        """Another of the same; it stays as long as that, and no peak counts it."""
         if self._twin is None:
             before = self._allocated()
-            self._twin = (name, build(name, self.options.device, self.options.dtype))
-            self._twin_bytes = self._allocated() - before
-        return self._twin[1]
+            twin = build(name, self.options.device, self.options.dtype)
+            self._twin = (twin, self._allocated() - before)
+        return self._twin[0]
 
     def _allocated(self) -> int:
         return 0 if self.timer is None else int(torch.cuda.memory_allocated(self.timer.device))
@@ -150,7 +154,7 @@ class Run:
     def _beside(self, case: StepCase, names: Sequence[str], batch: Batch) -> Iterator[None]:
         """The frozen model's step stands ready for the eager steps of others."""
         steps = case.pass_name == "step" and "eager" in self.options.modes
-        if not steps or set(names) <= {"forward", "frozen"}:
+        if not steps or set(names) <= set(FLOORS):
             yield
             return
         with attached("frozen", self.twin(case.model), batch, *case.experts) as trainee:
@@ -199,7 +203,7 @@ class Run:
             with attached(name, model, batch, *case.experts) as trainee:
                 for row in rows:
                     row["parameters"] = sum(p.numel() for p in trainee.parameters)
-                if name not in ("forward", "frozen"):
+                if name not in FLOORS:
                     self._check_first_loss(trainee, frozen_loss, rows)
                 for row in rows:
                     try:
@@ -263,7 +267,7 @@ class Run:
                 self.compilations += 1
                 step_measure.forget_compiled()
         else:
-            frozen = None if name in ("forward", "frozen") else self._frozen
+            frozen = None if name in FLOORS else self._frozen
             taken = step_measure.eager(call, options.device, self.timer, rounds, warm_ups, frozen)
         self._fill(row, taken, case)
         return None
@@ -283,7 +287,8 @@ class Run:
     def _fill(self, row: Row, taken: step_measure.Taken, case: StepCase) -> None:
         row["ms"] = taken.milliseconds()
         row["samples_per_s"] = 1e3 * case.batch / row["ms"]["median"]
-        row["peak_gib"] = None if taken.peak_bytes is None else (taken.peak_bytes - self._twin_bytes) / GIB
+        beside = 0 if self._twin is None else self._twin[1]
+        row["peak_gib"] = None if taken.peak_bytes is None else (taken.peak_bytes - beside) / GIB
         row["finite"] = bool(taken.answer.isfinite().all())
         row["loss"] = float(taken.answer) if taken.answer.numel() == 1 else None
         row |= taken.fields
@@ -296,7 +301,7 @@ class Run:
         keys = ("pass", "model", "batch", "experts", "mode")
         for row in self.rows:
             name = row["implementation"]
-            if name not in ("forward", "frozen") or tuple(row[k] for k in keys) != mine:
+            if name not in FLOORS or tuple(row[k] for k in keys) != mine:
                 continue
             if row["ms"] is None or self._over():
                 continue

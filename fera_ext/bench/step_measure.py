@@ -155,10 +155,10 @@ def eager(
     ``frozen``, the frozen model's step, is called in turns with ``call``, so that a host whose speed drifts is the same
     for both; the median of its times is the field ``frozen_beside_ms``.
     """
-    turns: list[list[float]] = [[] for _ in range(1 if frozen is None else 2)]
+    calls = [call] if frozen is None else [call, frozen]
+    turns: list[list[float]] = [[] for _ in calls]
     for number in range(warm_ups + rounds):
-        for one, times in zip((call, frozen), turns):
-            assert one is not None
+        for one, times in zip(calls, turns):
             if number < warm_ups:
                 one()
             else:
